@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from tersor.engine.params import SamplingParams
     from tersor.integrations.transformers import TersorConfig
     from tersor.llm import LLM
+    from tersor.planner.graph.plan import plan_module
 
 _LAZY = {
     "formats": ("tersor.formats", None),
@@ -26,12 +27,24 @@ _LAZY = {
     "nn": ("tersor.nn", None),
     "prune": ("tersor.convert.prune", "prune"),
     "quantize": ("tersor.convert", "quantize"),
+    "plan_module": ("tersor.planner.graph.plan", "plan_module"),
     "LLM": ("tersor.llm", "LLM"),
     "SamplingParams": ("tersor.engine.params", "SamplingParams"),
     "TersorConfig": ("tersor.integrations.transformers", "TersorConfig"),
 }
 
-__all__ = ["LLM", "SamplingParams", "TersorConfig", "__version__", "formats", "nn", "ops", "prune", "quantize"]
+__all__ = [
+    "LLM",
+    "SamplingParams",
+    "TersorConfig",
+    "__version__",
+    "formats",
+    "nn",
+    "ops",
+    "plan_module",
+    "prune",
+    "quantize",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -45,6 +45,37 @@ class Gpt(nn.Module):
         return logits if labels is None else functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
 
+class Towers(nn.Module):
+    """An encoder of its own input beside a decoder that reads it late, and a weight that both ends share."""
+
+    def __init__(self, vocabulary: int, width: int, heads: int, rows: int) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(vocabulary, width)
+        self.encoder = nn.Sequential(Block(width, heads), Block(width, heads))
+        self.decoder = nn.Sequential(Block(width, heads), Block(width, heads))
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        source, x = self.encoder(self.tokens(ids)), self.decoder(self.tokens(labels.roll(1, 1)))
+        x = self.norm(x + functional.scaled_dot_product_attention(x, source, source))
+        logits = functional.linear(x, self.tokens.weight)
+        return functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+
+class Skips(nn.Module):
+    """Linears in a row, the first of which is read again by the last; returns a mean square."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linears = nn.ModuleList([nn.Linear(width, width) for _ in range(4)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first, second, third, fourth = self.linears
+        early = functional.relu(first(x))
+        late = functional.relu(third(functional.relu(second(early))))
+        return fourth(late + early).square().mean()
+
+
 class Mlp(nn.Module):
     """Linears with activations between; returns a mean square, so it can be trained."""
 

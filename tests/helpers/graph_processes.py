@@ -13,11 +13,13 @@ import torch
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 
-from helpers.graph_models import Gpt, Mixture, Mlp, Unet
+from helpers.graph_models import Gpt, Mixture, Mlp, Skips, Towers, Unet
 from tersor.hardware import chip_named
 from tersor.nn.spread import Spread
+from tersor.nn.staged import Staged
 from tersor.planner.graph.ir import Graph
 from tersor.planner.graph.moves import Axis, Ring
+from tersor.planner.graph.pipeline import plan_stages
 from tersor.planner.graph.problem import Space, space
 from tersor.planner.graph.roofline import Roofline
 from tersor.planner.graph.trace import trace
@@ -54,6 +56,12 @@ def model_of(case: str) -> tuple[torch.nn.Module, tuple[torch.Tensor, ...]]:
     name = case.split()[0]
     if name == "gpt":
         return Gpt(52, 32, 4, 1, 8), (IDS, IDS.roll(-1, 1))
+    if name == "towers":
+        return Towers(52, 32, 4, 8), (IDS, IDS.roll(-1, 1))
+    if name == "skips":
+        return Skips(16), (torch.randn(8, 16),)
+    if name == "odd":
+        return Gpt(53, 30, 5, 1, 8), (IDS, IDS.roll(-1, 1))
     if name == "mixture":
         return Mixture(16, 32, 4, 16), (torch.randn(32, 16),)
     if name == "unet":
@@ -131,6 +139,43 @@ def distance(case: str, shape: tuple[int, ...]) -> Distance:
     return Distance(case, *largest, share, cut)
 
 
+def staged_distance(case: str, shape: tuple[int, ...]) -> Distance:
+    """Return how far this rank of a pipeline is in two steps of four micro-batches; moves are free, so all is cut."""
+    _, name, stages = case.split()
+    module, inputs = model_of(name)
+    count = int(stages)
+    axis = Axis("tensor", int(torch.tensor(shape).prod()) // count, Ring(0.0, float("inf")))
+    batches = list(zip(*(one.chunk(4) for one in inputs), strict=True))
+    plan = plan_stages(module, batches[0], stages=count, mesh=(axis,), parts=4, train=True)
+    mine = Staged(module, plan, init_device_mesh("cpu", (count, axis.ranks), mesh_dim_names=("stage", "tensor")))
+    largest = [0.0, 0.0, 0.0]
+    squared = (lambda output: output.square().mean()) if name == "unet" else None
+    with torch.no_grad():
+        expected = [module(*batch) for batch in batches]
+    for one, other in zip(mine(*batches), expected, strict=False):
+        largest[0] = max(largest[0], _apart(one, other))
+    steps = [torch.optim.SGD(one.parameters(), lr=0.1, momentum=0.9) for one in (module, mine)]
+    for _ in range(2):
+        whole = module(*inputs)
+        whole = squared(whole) if squared else whole
+        whole.backward()
+        losses = mine.step(*batches, loss=squared)
+        if losses:
+            largest[0] = max(largest[0], _apart(whole, sum(losses) / len(losses)))
+        assert bool(losses) == mine.last
+        gradients = {name: parameter.grad for name, parameter in module.named_parameters()}
+        found = mine.own.whole_gradients()
+        largest[1] = max([largest[1], *(_apart(gradients[name], found[name]) for name in found)])
+        for step in steps:
+            step.step()
+            step.zero_grad()
+    parameters, whole_ones = mine.own.whole_parameters(), dict(module.named_parameters())
+    largest[2] = max(_apart(parameters[name], whole_ones[name]) for name in parameters)
+    held = sum(parameter.numel() for parameter in mine.parameters())
+    sent = tuple(f"{one} to {to}" for stage in plan.stages for one, to in stage.sends.items())
+    return Distance(case, *largest, held / sum(one.numel() for one in module.parameters()), sent)
+
+
 def _apart(one: Any, other: Any) -> float:
     return float((one.detach() - other.detach()).abs().max())
 
@@ -140,7 +185,7 @@ def _rank(rank: int, shape: tuple[int, ...], cases: tuple[str, ...], store: str,
     ranks = int(torch.tensor(shape).prod())
     distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
     try:
-        results.put((rank, [distance(case, shape) for case in cases]))
+        results.put((rank, [(staged_distance if "stages" in case else distance)(case, shape) for case in cases]))
     except BaseException:
         results.put((rank, traceback.format_exc()))
     finally:

@@ -14,8 +14,10 @@ from helpers.graph_search import best, brute
 from tersor.errors import InputError
 from tersor.hardware import chip_named
 from tersor.planner.graph import problem
+from tersor.planner.graph.copies import moved_bytes
 from tersor.planner.graph.ir import SUM, WHOLE, Graph, cut
 from tersor.planner.graph.moves import Axis, Moves, Ring
+from tersor.planner.graph.plan import plan_graph
 from tersor.planner.graph.problem import Space, space
 from tersor.planner.graph.roofline import Roofline
 from tersor.planner.graph.trace import trace
@@ -143,11 +145,11 @@ def test_data_goes_over_the_slow_axis_and_heads_over_the_fast_one() -> None:
     assert {step.axis for _, step in spread.steps(choice)} == {1}
 
 
-def mlp(rows: int) -> Space:
+def mlp(rows: int, *, every: bool = False) -> Space:
     """A training step of two linears on eight ranks."""
     with torch.device("meta"):
         graph = training(trace(Mlp(1024, 4096, 1024), (torch.zeros(rows, 1024),)))
-    return space(graph, (Axis("data", 8, OneShot()),), H200, memory=1e12)
+    return space(graph, (Axis("data", 8, OneShot()),), H200, memory=1e12, every=every)
 
 
 def test_many_rows_train_by_data_with_state_cut_and_with_weights_cut_where_memory_is_dear() -> None:
@@ -170,13 +172,46 @@ def test_a_limit_of_memory_cuts_weights_and_one_that_is_too_small_leaves_nothing
     free = space(graph, mesh, H200, memory=1e12)
     choice = brute(free.problem)
     assert choice == best(free.problem)
-    most = free.held(choice)[0]
+    most = free.held(choice, moves=False)[0]
     assert free.problem.bytes(choice).max() == pytest.approx(most)
     tight = space(graph, mesh, H200, memory=most - 1)
     other = brute(tight.problem)
     assert other is not None and other != choice
-    assert tight.held(other)[0] < most
+    assert tight.held(other, moves=False)[0] < most
     assert brute(space(graph, mesh, H200, memory=1e4).problem) is None
+
+
+def test_copies_and_buffers_of_moves_are_counted_where_they_are() -> None:
+    spread, weight = mlp(65536, every=True), 1024 * 4096 * 4
+
+    def moving(option: str) -> dict[str, float]:
+        choice = Choice({block.name: block.options.index(option) for block in spread.problem.blocks})
+        more = moved_bytes(spread.graph, spread.flows, spread.chosen(choice), Moves(spread.mesh))
+        names = [operator.name for operator in spread.graph.operators]
+        assert spread.held(choice)[0] >= spread.held(choice, moves=False)[0]
+        return {name: size for name, size in zip(names, more, strict=True) if size}
+
+    gathered = moving("data:row0+weights")
+    assert gathered["linear"] == gathered["linear_1"] == 2 * weight, "the weight, and the pieces that it was made of"
+    back = gathered["gradient of linear_1"]
+    assert back == 3 * weight, "the weight again, its gradient's addend, and the pieces of one of them"
+    assert "relu" not in gathered
+    summed = moving("data:row0")
+    assert summed["gradient of linear_1"] == weight, "an addend that is reduced where it lies"
+    assert "linear" not in summed
+
+
+def test_a_plan_whose_copies_do_not_fit_is_searched_again_with_less_room() -> None:
+    with torch.device("meta"):
+        graph = training(trace(Mlp(1024, 4096, 1024), (torch.zeros(8192, 1024),)))
+    free = plan_graph(graph, {"data": 8})
+    room = free.held[0] * 0.9
+    once = space(graph, free.space.mesh, H200, memory=room)
+    choice = brute(once.problem)
+    assert choice is not None
+    assert once.held(choice)[0] > room >= once.held(choice, moves=False)[0], "it fits but for its copies"
+    plan = plan_graph(graph, {"data": 8}, memory=room)
+    assert plan.held[0] <= room and plan.seconds > once.problem.seconds(choice)
 
 
 def test_experts_lie_on_different_ranks() -> None:

@@ -17,17 +17,27 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from tersor.errors import InputError, LostError
 from tersor.hardware import chip_named
 from tersor.nn.spread import Spread
+from tersor.nn.staged import Staged
 from tersor.ops.placed import Line, Mover
 from tersor.planner.graph.ir import SUM, WHOLE
 from tersor.planner.graph.moves import Axis, Moves, Ring
+from tersor.planner.graph.pipeline import plan_stages
 from tersor.planner.graph.problem import Space, space
 from tersor.planner.graph.roofline import Roofline
 from tersor.planner.graph.trace import trace
 from tersor.planner.graph.training import training
 from tersor.planner.problem import Choice
 
-CASES = ("gpt megatron", "gpt row0+weights batch0 row0 dim0", "gpt random", "unet random", "mlp row0+state")
-BOTH = ("mlp random", "gpt random")
+CASES = (
+    "gpt megatron",
+    "gpt row0+weights batch0 row0 dim0",
+    "gpt random",
+    "unet random",
+    "mlp row0+state",
+    "odd megatron",
+    "stages unet 2",
+)
+BOTH = ("mlp random", "gpt random", "odd random", "stages skips 4", "stages towers 2")
 
 
 def test_two_processes_train_as_one_whatever_the_plan(tmp_path: Path) -> None:
@@ -38,6 +48,10 @@ def test_two_processes_train_as_one_whatever_the_plan(tmp_path: Path) -> None:
     shares = {one.case: one.share for one in found}
     assert shares["gpt row0+weights batch0 row0 dim0"] < 0.6
     assert shares["mlp row0+state"] == pytest.approx(0.5)
+    cuts = next(one.cut for one in found if one.case == "odd megatron")
+    skips = next(one.cut for one in found if one.case == "stages unet 2")
+    assert len(skips) >= 3, "what skips over the bottom of a UNet goes from stage to stage"
+    assert sum("out.1" in cut or "vocabulary" in cut for cut in cuts) == 2, "five heads and a vocabulary of 53 are cut"
 
 
 def test_four_processes_on_two_axes_train_as_one(tmp_path: Path) -> None:
@@ -45,6 +59,12 @@ def test_four_processes_on_two_axes_train_as_one(tmp_path: Path) -> None:
     assert len(found) == 4 * len(BOTH)
     for one in found:
         assert max(one.outputs, one.gradients, one.parameters) < 1e-5, one
+    skips = next(one.cut for one in found if one.case == "stages skips 4")
+    assert any("3" in words.split(" to ")[1] for words in skips if "2" not in words.split(" to ")[1]), (
+        "values go past stages"
+    )
+    towers = [one.share for one in found if one.case == "stages towers 2"]
+    assert max(towers) < 0.5, "each stage is cut in two"
 
 
 @contextmanager
@@ -93,6 +113,19 @@ def test_a_mesh_or_inputs_that_a_plan_is_not_for_are_refused() -> None:
         with pytest.raises(InputError, match=r"the plan is for inputs of \[\[8, 4\]\], not \[\[7, 4\]\]"):
             mine(torch.zeros(7, 4))
         assert mine(torch.zeros(8, 4)) == module(torch.zeros(8, 4))
+
+
+def test_a_pipeline_refuses_a_mesh_or_inputs_that_it_is_not_for() -> None:
+    axes = (Axis("tensor", 1, Ring(1e-6, 1e11)),)
+    module = Mlp(4, 8, 4)
+    plan = plan_stages(module, (torch.zeros(8, 4),), stages=2, mesh=axes)
+    with pretended(0, 2):
+        with pytest.raises(InputError, match=r"for a mesh of \[2, 1\] named axes, and this one has \[2\]"):
+            Staged(module, plan, init_device_mesh("cpu", (2,), mesh_dim_names=("stage",)))
+        mine = Staged(module, plan, init_device_mesh("cpu", (2, 1), mesh_dim_names=("stage", "tensor")))
+        assert [tuple(one.shape) for one in mine.parameters()] == [(8, 4)] and not mine.last
+        with pytest.raises(InputError, match="the plan is for 1 inputs, and 2 are given"):
+            mine((torch.zeros(8, 4), torch.zeros(8, 4)))
 
 
 def test_a_rank_that_cannot_be_reached_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:

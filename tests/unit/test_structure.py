@@ -25,6 +25,7 @@ ROOMS = (
     "files",
     "hardware",
     "plots",
+    "screen",
     "formats",
     "compress",
     "layouts",

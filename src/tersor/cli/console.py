@@ -5,20 +5,18 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from tersor.report.words import measured as measured
 from tersor.report.words import plus_minus as plus_minus
 from tersor.report.words import size as size
+from tersor.screen import print_table as print_table
+from tersor.screen import screen
 
 if TYPE_CHECKING:
     import torch
-    from rich.console import Console
-
-PLAIN_WIDTH = 160
-"""Columns of a table that does not go to a terminal."""
 
 SMALL_BYTES = 32 << 20
 """Weight files below this size make a small model, see `choose_threads`."""
@@ -76,55 +74,20 @@ class _Lines(logging.Handler):
         print(record.getMessage(), file=sys.stderr, flush=True)
 
 
-def print_table(
-    columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None, words: bool = False
-) -> None:
-    """Print rows under their columns, the first column to the left, the others to the right.
-
-    Args:
-        columns, rows: plain text.
-        title: a line above them.
-        words: whether cells are words, not numbers: every column to the left then.
-    """
-    from rich import box
-    from rich.markup import escape
-    from rich.table import Table
-
-    screen = _screen()
-    if title is not None:
-        screen.print(f"[bold]{escape(title)}[/bold]")
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=words, collapse_padding=not words)
-    for index, column in enumerate(columns):
-        table.add_column(escape(column), justify="right" if index and not words else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*map(escape, row))
-    screen.print(table)
-
-
 def print_section(title: str, lines: Iterable[tuple[str, str]]) -> None:
     """Print a title and, indented under it, lines of a name and what is said of it; all of it plain text."""
     from rich.markup import escape
     from rich.table import Table
 
-    screen = _screen()
-    screen.print(f"[bold]{escape(title)}[/bold]")
+    shown = screen()
+    shown.print(f"[bold]{escape(title)}[/bold]")
     grid = Table.grid(padding=(0, 2))
     grid.add_column(min_width=18, no_wrap=True)
     grid.add_column(overflow="fold")
     for name, value in lines:
         grid.add_row(f"  {escape(name)}", escape(value))
-    screen.print(grid)
-    screen.print()
-
-
-def _screen() -> Console:
-    """Return stdout as rich sees it: as wide as the terminal, or `PLAIN_WIDTH` where it goes elsewhere."""
-    from rich.console import Console
-
-    screen = Console(file=sys.stdout, highlight=False)
-    if not screen.is_terminal:
-        screen.width = PLAIN_WIDTH
-    return screen
+    shown.print(grid)
+    shown.print()
 
 
 def print_json(value: Any) -> None:

@@ -90,6 +90,24 @@ class Spread(nn.Module):
                 found[value.path] = self._mover.move(mine, self._kept(value.name), self._everywhere, value.parts)
         return found
 
+    @property
+    def device(self) -> torch.device:
+        """Where the rank's tensors are."""
+        tensors = (*self.parameters(), *self.buffers())
+        return tensors[0].device if tensors else torch.device("cpu")
+
+    def gradient(self, name: str) -> torch.Tensor | None:
+        """Return the whole gradient of a parameter by its name in the graph, or none where there is none here."""
+        mine = self.get_parameter(self._names[name]).grad if name in self._names else None
+        parts = self._graph.values[name].parts if mine is not None else ()
+        return None if mine is None else self._mover.move(mine, self._kept(name), self._everywhere, parts)
+
+    def put_gradient(self, name: str, whole: torch.Tensor) -> None:
+        """Take this rank's part of a whole gradient; parameters that are not here take none."""
+        if name in self._names:
+            mine = self._mover.slice(whole, self._kept(name), self._graph.values[name].parts)
+            self.get_parameter(self._names[name]).grad = mine.clone()
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the whole outputs: one tensor where there is one, else a tuple.
 
@@ -97,7 +115,7 @@ class Spread(nn.Module):
             InputError: other tensors than those that the module was traced with.
         """
         known = _Known(self)
-        given = _tensors([args, kwargs])
+        given = tensors_in([args, kwargs])
         wanted = [self._graph.values[name] for name in self._graph.inputs]
         if [tuple(one.shape) for one in given] != [one.shape for one in wanted]:
             raise InputError(
@@ -184,10 +202,10 @@ class _Known:
             self.put(name, tensor, tuple(way.places[count + index] for way in ways))
 
 
-def _tensors(items: Any) -> list[torch.Tensor]:
+def tensors_in(items: Any) -> list[torch.Tensor]:
     """Return the tensors among nested arguments, in order."""
     if isinstance(items, torch.Tensor):
         return [items]
     if isinstance(items, dict):
         items = list(items.values())
-    return [tensor for item in items for tensor in _tensors(item)] if isinstance(items, (list, tuple)) else []
+    return [tensor for item in items for tensor in tensors_in(item)] if isinstance(items, (list, tuple)) else []

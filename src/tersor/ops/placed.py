@@ -6,6 +6,7 @@ plan cuts a part of a dimension that is not its first, which is why they are mad
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -13,11 +14,13 @@ from typing import Any, cast
 import torch
 from torch import distributed
 from torch.distributed import ProcessGroup
+from torch.nn import functional
 
 from tersor.errors import LostError
 from tersor.planner.graph.ir import SUM, WHOLE, Parts, Placement
 from tersor.planner.graph.local import join, take
 from tersor.planner.graph.moves import Moves, Places
+from tersor.planner.graph.shares import span
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +63,9 @@ class Mover:
                     tensor = self._along(axis, tensor, now, WHOLE, parts)
             order: Sequence[int] = [axis for axis in range(len(now)) if now[axis] != target[axis]]
         else:
-            order = self._moves.order(tensor.numel() * tensor.element_size(), source, target)
+            # Every rank goes by the size of the whole value: uneven slices would be moved in different orders.
+            size = math.prod(size for of_dim in parts for size in of_dim) * tensor.element_size()
+            order = self._moves.order(size, source, target, parts)
         for axis in order:
             tensor = self._along(axis, tensor, now, target[axis], parts)
         return tensor
@@ -76,9 +81,11 @@ class Mover:
         if source == target or line.ranks == 1:
             return tensor
         if source.kind == "cut" and target.kind != "cut":
-            pieces = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(line.ranks)]
-            self._call(lambda: distributed.all_gather(pieces, tensor.contiguous(), group=line.group))
-            tensor, source = join(pieces, source, parts), WHOLE
+            shapes = [_shape(tensor, source, parts, rank, line.ranks) for rank in range(line.ranks)]
+            mine, count = _padded(tensor, shapes)
+            pieces = [tensor.new_empty(count) for _ in shapes]
+            self._call(lambda: distributed.all_gather(pieces, mine, group=line.group))
+            tensor, source = join([*map(_without, pieces, shapes)], source, parts), WHOLE
         if source == WHOLE:
             return take(tensor, target, parts, line.rank, line.ranks)
         if target == WHOLE:
@@ -86,27 +93,33 @@ class Mover:
             self._call(lambda: distributed.all_reduce(summed, group=line.group))
             return summed
         if source == SUM:
-            pieces = [take(tensor, target, parts, rank, line.ranks).contiguous() for rank in range(line.ranks)]
+            pieces = [take(tensor, target, parts, rank, line.ranks) for rank in range(line.ranks)]
+            shapes = [tuple(piece.shape) for piece in pieces]
+            pieces = [_padded(piece, shapes)[0] for piece in pieces]
             mine = torch.empty_like(pieces[0])
             self._call(lambda: distributed.reduce_scatter(mine, pieces, group=line.group))
-            return mine
-        before = self._divided(parts, source, line.ranks)
-        sent = [take(tensor, target, before, rank, line.ranks).contiguous() for rank in range(line.ranks)]
-        received = [torch.empty_like(sent[line.rank]) for _ in range(line.ranks)]
-        self._call(lambda: distributed.all_to_all(received, sent, group=line.group))
-        return join(received, source, self._divided(parts, target, line.ranks))
+            return _without(mine, shapes[line.rank])
+        before, after = (self._divided(parts, place, line.rank, line.ranks) for place in (source, target))
+        sent = [take(tensor, target, before, rank, line.ranks) for rank in range(line.ranks)]
+        shapes = [_shape(sent[line.rank], source, after, rank, line.ranks) for rank in range(line.ranks)]
+        longest = _shape(sent[0], source, self._divided(parts, target, 0, line.ranks), 0, line.ranks)
+        given = [_padded(piece, [longest])[0] for piece in sent]
+        received = [torch.empty_like(one) for one in given]
+        self._call(lambda: distributed.all_to_all(received, given, group=line.group))
+        return join([*map(_without, received, shapes)], source, after)
 
     def _left(self, parts: Parts, places: Sequence[Placement]) -> Parts:
         """Return the parts of a rank's tensor at these placements."""
         for line, place in zip(self.lines, places, strict=True):
             if place.kind == "cut":
-                parts = self._divided(parts, place, line.ranks)
+                parts = self._divided(parts, place, line.rank, line.ranks)
         return parts
 
     @staticmethod
-    def _divided(parts: Parts, place: Placement, ranks: int) -> Parts:
+    def _divided(parts: Parts, place: Placement, rank: int, ranks: int) -> Parts:
+        """Return the parts that a rank has."""
         sizes = [list(of_dim) for of_dim in parts]
-        sizes[place.dim][place.part] //= ranks
+        sizes[place.dim][place.part] = span(sizes[place.dim][place.part], ranks, rank)[1]
         return tuple(tuple(of_dim) for of_dim in sizes)
 
     @staticmethod
@@ -116,6 +129,24 @@ class Mover:
         except RuntimeError as error:
             lines = str(error).splitlines() or [type(error).__name__]
             raise LostError(f"a rank of the plan cannot be reached: {lines[0]}") from error
+
+
+def _shape(like: torch.Tensor, place: Placement, parts: Parts, rank: int, ranks: int) -> tuple[int, ...]:
+    """Return the shape of a rank's slice of a tensor of these parts, of which `like` is another slice."""
+    sizes = list(parts[place.dim])
+    sizes[place.part] = span(sizes[place.part], ranks, rank)[1]
+    return (*like.shape[: place.dim], math.prod(sizes), *like.shape[place.dim + 1 :])
+
+
+def _padded(tensor: torch.Tensor, shapes: Sequence[tuple[int, ...]]) -> tuple[torch.Tensor, int]:
+    """Return a tensor as a vector as long as the longest of these shapes, and this length: all ranks send as much."""
+    count = max(math.prod(shape) for shape in shapes)
+    return functional.pad(tensor.reshape(-1), (0, count - tensor.numel())), count
+
+
+def _without(vector: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """Return what was padded."""
+    return vector[: math.prod(shape)].view(shape)
 
 
 def _axes(place: Placement, source: Places, target: Places) -> set[int]:

@@ -43,7 +43,7 @@ def block_seconds(
 
 def _operator_seconds(graph: Graph, operator: Operator, option: Option, mesh: Mesh, roofline: Roofline) -> float:
     size = sum(
-        held(graph.values[name].bytes, option.places(graph, operator, place), mesh)
+        held(graph.values[name].bytes, option.places(graph, operator, place), mesh, graph.values[name].parts)
         for place, name in enumerate(operator.operands)
     )
     kind = operator.kind
@@ -53,7 +53,7 @@ def _operator_seconds(graph: Graph, operator: Operator, option: Option, mesh: Me
         kind = graph.by_name[operator.forward].kind
     dtypes = [graph.values[name].dtype for name in operator.operands if graph.values[name].dtype.is_floating_point]
     dtype = min(dtypes, key=lambda one: one.itemsize) if dtypes else graph.values[operator.operands[0]].dtype
-    return roofline.seconds(kind, operator.flops / option.slices(operator, mesh), size, dtype)
+    return roofline.seconds(kind, operator.flops * option.share(operator, mesh), size, dtype)
 
 
 def owners_of(graph: Graph, members: tuple[Group, ...]) -> dict[str, tuple[str, str, int]]:
@@ -79,17 +79,18 @@ def local_bytes(
 ) -> float:
     """Return the bytes that a rank has of a value, whose block is among those chosen."""
     block, operator, place = owners[name]
-    return held(graph.values[name].bytes, chosen[block].places(graph, graph.by_name[operator], place), mesh)
+    places, value = chosen[block].places(graph, graph.by_name[operator], place), graph.values[name]
+    return held(value.bytes, places, mesh, value.parts)
 
 
 def kept_bytes(graph: Graph, option: Option, mesh: Mesh, optimiser: Optimiser | None) -> float:
     """Return the bytes of a block's parameters, in training with gradients and state."""
     total = 0.0
     for name, places in option.stored.items():
-        total += held(graph.values[name].bytes, places, mesh)
+        value = graph.values[name]
+        total += held(value.bytes, places, mesh, value.parts)
         if optimiser is not None and f"update of {name}" in graph.by_name:
-            value = graph.values[name]
-            total += held(value.bytes + optimiser.state(value), option.updated[name], mesh)
+            total += held(value.bytes + optimiser.state(value), option.updated[name], mesh, value.parts)
     return total
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tersor.planner.graph.ir import SUM, WHOLE, Operator, Placement, cut
+from tersor.planner.graph.shares import fits
 
 EVERYWHERE = "whole"
 """The way in which every rank computes all of it."""
@@ -39,13 +40,13 @@ def place_of(operator: Operator, operand: int, name: str) -> Placement | None:
 def ways(operator: Operator, ranks: int, *, sums: bool = True) -> tuple[Way, ...]:
     """Return the ways of an operator that is no gradient, that of every rank computing all of it first.
 
-    A name may be cut if its size is a multiple of `ranks`. With `sums` false, pending sums are read by no product: that
-    would compute on every rank what one computes.
+    A name may be cut if ranks can share its size (`shares.fits`). With `sums` false, pending sums are read by no
+    product: that would compute on every rank what one computes.
     """
     count, inputs = len(operator.operands), len(operator.inputs)
     found = [Way(EVERYWHERE, (WHOLE,) * count)]
     for name in operator.cuts:
-        if operator.sizes[name] % ranks:
+        if not fits(operator.sizes[name], ranks):
             continue
         places = []
         contracted = name in operator.sums

@@ -90,7 +90,7 @@ def outside(
     return found
 
 
-def _ends(graph: Graph, flow: Flow, source: Option, target: Option) -> tuple[Places, Places]:
+def ends(graph: Graph, flow: Flow, source: Option, target: Option) -> tuple[Places, Places]:
     """Return where a flow comes from, and where it goes."""
     if not flow.target and flow.source:  # the caller gets no pending sums
         places = source.places(graph, graph.by_name[flow.source], flow.made)
@@ -107,7 +107,7 @@ def distinct(
     """Return flows with bytes and placements, each copy once: results that are read twice, gradients that are added."""
     found: dict[object, tuple[Flow, int, Places, Places]] = {}
     for flow in flows:
-        from_, to = _ends(graph, flow, source, target)
+        from_, to = ends(graph, flow, source, target)
         found.setdefault(_copy(flow, from_, to), (flow, graph.values[flow.value].bytes, from_, to))
     return list(found.values())
 
@@ -119,7 +119,10 @@ def _copy(flow: Flow, source: Places, target: Places) -> tuple[object, Places, P
 
 def moved(graph: Graph, flows: tuple[Flow, ...], source: Option, target: Option, moves: Moves) -> float:
     """Return the seconds of flows inside one block, or between two."""
-    return sum(moves.seconds(size, from_, to) for _, size, from_, to in distinct(graph, flows, source, target))
+    return sum(
+        moves.seconds(size, from_, to, graph.values[flow.value].parts)
+        for flow, size, from_, to in distinct(graph, flows, source, target)
+    )
 
 
 def matrix_of(
@@ -131,10 +134,8 @@ def matrix_of(
     small = np.zeros((len(rows), len(columns)))
     for row, from_ in enumerate(rows):
         for column, to in enumerate(columns):
-            keys = {
-                _copy(flow, a, b): graph.values[flow.value].bytes for flow, a, b in zip(flows, from_, to, strict=True)
-            }
-            small[row, column] = sum(moves.seconds(size, a, b) for (_, a, b), size in keys.items())
+            keys = {_copy(flow, a, b): graph.values[flow.value] for flow, a, b in zip(flows, from_, to, strict=True)}
+            small[row, column] = sum(moves.seconds(of.bytes, a, b, of.parts) for (_, a, b), of in keys.items())
     return small[np.ix_(row_of, column_of)]
 
 

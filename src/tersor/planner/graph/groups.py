@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from tersor.planner.graph.cuts import EVERYWHERE, Way, ways
 from tersor.planner.graph.ir import WHOLE, Graph, Operator, Placement
+from tersor.planner.graph.shares import fits
 
 DECIDES = ("matmul", "convolution", "attention", "embedding", "select", "other")
 """Kinds of operators that are a block of their own."""
@@ -181,7 +182,7 @@ def _stores(graph: Graph, name: str, ranks: int) -> list[Placement]:
         Placement("cut", dim, part)
         for dim, sizes in enumerate(parts)
         for part, size in enumerate(sizes)
-        if size % ranks == 0
+        if fits(size, ranks)
     ]
     return [WHOLE, *cuts]
 

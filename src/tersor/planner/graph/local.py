@@ -13,6 +13,7 @@ import torch
 
 from tersor.planner.graph.ir import SUM, WHOLE, Call, Operator, Placement, Slot
 from tersor.planner.graph.rules.base import base_name
+from tersor.planner.graph.shares import span
 
 VIEWS = ("aten.view", "aten._unsafe_view", "aten.reshape")
 SIZED = (*VIEWS, "aten.expand")
@@ -26,9 +27,9 @@ def take(tensor: torch.Tensor, place: Placement, parts: Sequence[Sequence[int]],
     if place == SUM:
         return tensor if rank == 0 else torch.zeros_like(tensor)
     sizes = parts[place.dim]
-    step = sizes[place.part] // ranks
+    start, length = span(sizes[place.part], ranks, rank)
     split = tensor.unflatten(place.dim, tuple(sizes)) if len(sizes) > 1 else tensor
-    piece = split.narrow(place.dim + place.part, rank * step, step)
+    piece = split.narrow(place.dim + place.part, start, length)
     return piece.flatten(place.dim, place.dim + len(sizes) - 1) if len(sizes) > 1 else piece
 
 
@@ -41,8 +42,12 @@ def join(pieces: Sequence[torch.Tensor], place: Placement, parts: Sequence[Seque
     sizes = list(parts[place.dim])
     if len(sizes) == 1:
         return torch.cat(tuple(pieces), dim=place.dim)
-    sizes[place.part] //= len(pieces)
-    split = [piece.unflatten(place.dim, tuple(sizes)) for piece in pieces]
+    ranks = len(pieces)
+    lengths = [span(sizes[place.part], ranks, rank)[1] for rank in range(ranks)]
+    split = [
+        piece.unflatten(place.dim, (*sizes[: place.part], length, *sizes[place.part + 1 :]))
+        for piece, length in zip(pieces, lengths, strict=True)
+    ]
     return torch.cat(split, dim=place.dim + place.part).flatten(place.dim, place.dim + len(sizes) - 1)
 
 
@@ -67,12 +72,16 @@ def run(
     known = None
     for name, operand in (("vocabulary", 0), ("places", 0)):
         if divided.get(name, 1) > 1:
-            step = operator.sizes[name] // divided[name]
-            indices = inputs[1] - place[name] * step
-            known = (indices >= 0) & (indices < step)
+            start, length = span(operator.sizes[name], divided[name], place[name])
+            indices = inputs[1] - start
+            known = (indices >= 0) & (indices < length)
             inputs[1] = indices.where(known, torch.zeros_like(indices))
             assert operand == 0
-    args, kwargs = localized(operator, call, divided)
+    lengths = {
+        name: span(size, divided[name], place[name])[1] if divided.get(name, 1) > 1 else size
+        for name, size in operator.sizes.items()
+    }
+    args, kwargs = localized(operator, call, lengths)
     filled = [_fill(argument, inputs) for argument in args]
     # A slice need not have the strides that a view of the whole relies on.
     target = torch.ops.aten.reshape.default if base_name(call) in VIEWS else call.target
@@ -81,9 +90,9 @@ def run(
     if known is not None:
         mask = known.unsqueeze(-1) if base_name(call) == "aten.embedding" else known
         outputs = (outputs[0] * mask.to(outputs[0].dtype),)
-    slices = math.prod(divided.get(name, 1) for name in operator.sums)
-    if base_name(call) == "aten.mean" and slices > 1:
-        outputs = tuple(output / slices for output in outputs)
+    part = math.prod(lengths[name] / operator.sizes[name] for name in operator.sums)
+    if base_name(call) == "aten.mean" and part < 1:
+        outputs = tuple(output * part for output in outputs)
     return outputs
 
 
@@ -95,34 +104,33 @@ def _fill(argument: Any, inputs: Sequence[torch.Tensor]) -> Any:
     return argument
 
 
-def localized(operator: Operator, call: Call, divided: Mapping[str, int]) -> tuple[list[Any], dict[str, Any]]:
-    """Return the arguments of a call on slices: sizes and counts that its rule names are divided."""
+def localized(operator: Operator, call: Call, lengths: Mapping[str, int]) -> tuple[list[Any], dict[str, Any]]:
+    """Return the arguments of a call on slices, where names have these lengths: sizes and counts become theirs."""
     args, kwargs, name = list(call.args), dict(call.kwargs), base_name(call)
-    if not any(count > 1 for count in divided.values()):
+    if lengths == operator.sizes:
         return args, kwargs
 
-    def share(of: str) -> int:
-        return math.prod(count for key, count in divided.items() if key == of or key.startswith(f"{of}."))
+    def local(of: str, whole: int) -> int:
+        found = [length for key, length in lengths.items() if key == of or key.startswith(f"{of}.")]
+        return math.prod(found) if found else whole
 
     if name in SIZED:
-        args[1] = [
-            size // math.prod(divided.get(key, 1) for key in names)
-            for size, names in zip(call.outputs[0], operator.dims[len(call.inputs)], strict=True)
-        ]
+        args[1] = [math.prod(lengths[key] for key in names) for names in operator.dims[len(call.inputs)]]
     elif name == "aten.repeat":
-        args[1] = [times // share(f"times{dim}") for dim, times in enumerate(args[1])]
-    elif name == "aten.slice" and share("part") > 1:
-        dim = call.argument(1, "dim", 0)
-        start = call.argument(2, "start") or 0
-        start = start + call.inputs[0][dim] if start < 0 else start
-        length = call.outputs[0][dim]
-        args = [args[0], dim, start // share("part"), (start + length) // share("part")]
+        args[1] = [local(f"times{dim}", times) for dim, times in enumerate(args[1])]
+    elif name == "aten.slice":
+        dim, length = call.argument(1, "dim", 0), call.outputs[0][call.argument(1, "dim", 0)]
+        mine = local("part", length)
+        if mine != length:
+            start = call.argument(2, "start") or 0
+            first = (start + call.inputs[0][dim] if start < 0 else start) // length * mine
+            args = [args[0], dim, first, first + mine]
     elif name == "aten.split_with_sizes":
-        args[1] = [size // share("part") for size in args[1]]
+        args[1] = [local("part", size) for size in args[1]]
     elif name == "aten.split":
-        args[1] = args[1] // share("part")
+        args[1] = local("part", args[1])
     elif name == "aten.convolution":
-        args[8] //= share("groups")
+        args[8] = local("groups", args[8])
     elif name == "aten.group_norm":
-        args[1] //= share("groups")
+        args[1] = local("groups", args[1])
     return args, kwargs

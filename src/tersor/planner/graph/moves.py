@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
-from tersor.planner.graph.ir import Placement
+from tersor.planner.graph.ir import Parts, Placement
+from tersor.planner.graph.shares import largest
 
 Places: TypeAlias = tuple[Placement, ...]
 """Where a value is, by axis of the mesh."""
@@ -94,9 +94,13 @@ class Step:
     seconds: float
 
 
-def held(size: float, places: Places, mesh: Mesh) -> float:
-    """Return the bytes that a rank holds of a value of `size` bytes."""
-    return size / math.prod(axis.ranks for axis, place in zip(mesh, places, strict=True) if place.kind == "cut")
+def held(size: float, places: Places, mesh: Mesh, parts: Parts = ()) -> float:
+    """Return the bytes that the rank with most holds of a value of `size` bytes, whose dimensions have these parts."""
+    for axis, place in zip(mesh, places, strict=True):
+        if place.kind == "cut":
+            whole = parts[place.dim][place.part] if parts else axis.ranks
+            size *= 1 / axis.ranks if whole % axis.ranks == 0 else largest(whole, axis.ranks) / whole
+    return size
 
 
 class Moves:
@@ -105,37 +109,40 @@ class Moves:
     def __init__(self, mesh: Mesh) -> None:
         """Begin with nothing known."""
         self.mesh = mesh
-        self._known: dict[tuple[float, Places, Places], tuple[Step, ...]] = {}
+        self._known: dict[tuple[float, Places, Places, Parts], tuple[Step, ...]] = {}
 
-    def between(self, size: float, source: Places, target: Places) -> tuple[Step, ...]:
+    def between(self, size: float, source: Places, target: Places, parts: Parts = ()) -> tuple[Step, ...]:
         """Return the collectives that bring a value of `size` bytes from one placement to another.
 
         Axes are moved one behind the other, in the order that takes least. Slices of what is whole cost nothing, and
-        neither does calling it an addend, which one rank has.
+        neither does calling it an addend, which one rank has. Uneven parts are as long as the longest; without `parts`
+        all are even.
         """
-        key = (size, source, target)
+        key = (size, source, target, parts)
         found = self._known.get(key)
         if found is None:
-            found = self._known[key] = self._in_order(size, source, target, self.order(size, source, target))
+            found = self._known[key] = self._in_order(key, self.order(size, source, target, parts))
         return found
 
-    def order(self, size: float, source: Places, target: Places) -> tuple[int, ...]:
+    def order(self, size: float, source: Places, target: Places, parts: Parts = ()) -> tuple[int, ...]:
         """Return the axes that are moved, in the order that takes least."""
         axes = [axis for axis, pair in enumerate(zip(source, target, strict=True)) if pair[0] != pair[1]]
-        return min(itertools.permutations(axes), key=lambda order: seconds(self._in_order(size, source, target, order)))
+        key = (size, source, target, parts)
+        return min(itertools.permutations(axes), key=lambda order: seconds(self._in_order(key, order)))
 
-    def seconds(self, size: float, source: Places, target: Places) -> float:
+    def seconds(self, size: float, source: Places, target: Places, parts: Parts = ()) -> float:
         """Return the seconds of these collectives."""
-        return seconds(self.between(size, source, target)) if source != target else 0.0
+        return seconds(self.between(size, source, target, parts)) if source != target else 0.0
 
-    def _in_order(self, size: float, source: Places, target: Places, order: Sequence[int]) -> tuple[Step, ...]:
+    def _in_order(self, key: tuple[float, Places, Places, Parts], order: Sequence[int]) -> tuple[Step, ...]:
+        size, source, target, parts = key
         steps, now = [], list(source)
         for axis in order:
-            before = held(size, tuple(now), self.mesh)
+            before = held(size, tuple(now), self.mesh, parts)
             now[axis] = target[axis]
             kind = _kind(source[axis].kind, target[axis].kind)
             if kind:
-                bytes_ = before * self.mesh[axis].ranks if kind == "all_gather" else before
+                bytes_ = before * self.mesh[axis].ranks if kind == "all_gather" else before  # parts are padded
                 table = getattr(self.mesh[axis].links, kind)
                 steps.append(Step(kind, axis, bytes_, table(bytes_, self.mesh[axis].ranks)))
         return tuple(steps)

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from tersor.planner.graph.cuts import Way, gradient_place
 from tersor.planner.graph.groups import Assignment, Group, assignments
 from tersor.planner.graph.ir import WHOLE, Graph, Operator, Placement, cut
-from tersor.planner.graph.moves import Mesh, Places
+from tersor.planner.graph.moves import Mesh, Places, held
+from tersor.planner.graph.shares import fits, largest
 
 KEEPS = ("", "state", "weights")
 """How training keeps what is whole along an axis: as it is, with gradients and state cut, with weights cut, too."""
@@ -52,13 +53,16 @@ class Option:
             return tuple(way.places[of] for way in self.ways[forward.name])
         return tuple(gradient_place(way, of, len(forward.inputs)) for way in self.ways[forward.name])
 
-    def slices(self, operator: Operator, mesh: Mesh) -> int:
-        """Return into how many parts an operator's work is cut."""
+    def share(self, operator: Operator, mesh: Mesh) -> float:
+        """Return what part of an operator's work the rank with most has."""
+        names: list[str]
         if operator.kind == "update":
             places = self.updated[operator.inputs[0]]
-            return math.prod(axis.ranks for axis, place in zip(mesh, places, strict=True) if place.kind == "cut")
-        ways = self.ways[operator.forward or operator.name]
-        return math.prod(axis.ranks for axis, way in zip(mesh, ways, strict=True) if way.cuts)
+            names = [operator.dims[0][one.dim][one.part] if one.kind == "cut" else "" for one in places]
+        else:
+            names = [way.name if way.cuts else "" for way in self.ways[operator.forward or operator.name]]
+        cut = [(operator.sizes[name], axis.ranks) for axis, name in zip(mesh, names, strict=True) if name]
+        return math.prod(largest(size, ranks) / size if size % ranks else 1 / ranks for size, ranks in cut)
 
 
 def options(graph: Graph, group: Group, mesh: Mesh, *, trained: bool) -> tuple[Option, ...]:
@@ -85,45 +89,51 @@ def options(graph: Graph, group: Group, mesh: Mesh, *, trained: bool) -> tuple[O
 
 
 def _divides(graph: Graph, group: Group, combination: Sequence[Assignment], mesh: Mesh) -> bool:
-    """Whether every name that several axes cut is a multiple of their product."""
+    """Whether every name that several axes cut is a multiple of their product; one axis cuts it as `shares` does."""
     if len(mesh) == 1:
         return True
     for name in combination[0].ways:
         sizes = graph.by_name[name].sizes
-        product: dict[str, int] = {}
+        ranks: dict[str, list[int]] = {}
         for axis, part in zip(mesh, combination, strict=True):
             way = part.ways[name]
             if way.cuts:
-                product[way.name] = product.get(way.name, 1) * axis.ranks
-        if any(sizes[key] % count for key, count in product.items()):
+                ranks.setdefault(way.name, []).append(axis.ranks)
+        if not all(_shared(sizes[key], counts) for key, counts in ranks.items()):
             return False
     stored = combination[0].stored
     return all(_fits(graph, name, tuple(part.stored[name] for part in combination), mesh) for name in stored)
 
 
 def _fits(graph: Graph, name: str, places: Places, mesh: Mesh) -> bool:
-    """Whether each part of a value is a multiple of the ranks that cut it."""
-    product: dict[Placement, int] = {}
+    """Whether the ranks that cut each part of a value can share it."""
+    ranks: dict[Placement, list[int]] = {}
     for axis, place in zip(mesh, places, strict=True):
         if place.kind == "cut":
-            product[place] = product.get(place, 1) * axis.ranks
+            ranks.setdefault(place, []).append(axis.ranks)
     parts = graph.values[name].parts
-    return all(parts[place.dim][place.part] % count == 0 for place, count in product.items())
+    return all(_shared(parts[place.dim][place.part], counts) for place, counts in ranks.items())
+
+
+def _shared(size: int, ranks: Sequence[int]) -> bool:
+    """Whether axes of so many ranks can cut one part; several do so evenly, so that slices of slices are slices."""
+    return fits(size, ranks[0]) if len(ranks) == 1 else size % math.prod(ranks) == 0
 
 
 def _kept(graph: Graph, name: str, places: Places, keeps: Sequence[str], mesh: Mesh, least: str) -> Places:
     """Return where a parameter's weights ("weights") or its gradient and state ("state") are kept.
 
-    Along axes on which it is whole it may be cut: at the first part that ranks divide, or not at all.
+    Along axes on which it is whole it may be cut: at the first part of those that leave a rank least, or not at all.
     """
     now = list(places)
     for axis, keep in enumerate(keeps):
         if now[axis] != WHOLE or KEEPS.index(keep) < KEEPS.index(least):
             continue
-        for dim, parts in enumerate(graph.values[name].parts):
-            tries = [(*now[:axis], cut(dim, part), *now[axis + 1 :]) for part in range(len(parts))]
-            fitting = [places for places in tries if _fits(graph, name, places, mesh)]
-            if fitting:
-                now = list(fitting[0])
-                break
+        value = graph.values[name]
+        cuts = [cut(dim, part) for dim, parts in enumerate(value.parts) for part in range(len(parts))]
+        tries: list[Places] = [(*now[:axis], place, *now[axis + 1 :]) for place in cuts]
+        fitting = [each for each in tries if _fits(graph, name, each, mesh)]
+        if fitting:
+            smallest: Places = min(fitting, key=lambda each: held(value.bytes, each, mesh, value.parts))
+            now = list(smallest)
     return tuple(now)

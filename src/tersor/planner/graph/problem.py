@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tersor.errors import InputError
+from tersor.planner.graph.copies import moved_bytes
 from tersor.planner.graph.costs import block_bytes, block_seconds, kept_bytes, local_bytes, owners_of
 from tersor.planner.graph.flows import Flow, distinct, end, flows_of, matrix_of, moved, outside
 from tersor.planner.graph.forms import flow_form, form_of, renamed
@@ -58,16 +59,22 @@ class Space:
             (flow, step)
             for (source, target), flows in self.flows.items()
             for flow, size, from_, to in distinct(self.graph, flows, chosen[source], chosen[target])
-            for step in moves.between(size, from_, to)
+            for step in moves.between(size, from_, to, self.graph.values[flow.value].parts)
         ]
 
-    def held(self, choice: Choice) -> tuple[float, str]:
-        """Return the most bytes that a rank holds at any moment, and the operator that runs then."""
+    def held(self, choice: Choice, *, moves: bool = True) -> tuple[float, str]:
+        """Return the most bytes that a rank holds at any moment, and the operator that runs then.
+
+        With `moves` false, without copies that moves make and buffers of collectives, as limits of the problem count.
+        """
         chosen = self.chosen(choice)
         kept = sum(kept_bytes(self.graph, option, self.mesh, self.optimiser) for option in chosen.values())
         owners = owners_of(self.graph, self.groups)
         local = {name: local_bytes(self.graph, name, owners, chosen, self.mesh) for name in owners}
         by_operator = totals(self.graph, local)
+        if moves:
+            more = moved_bytes(self.graph, self.flows, chosen, Moves(self.mesh))
+            by_operator = [one + other for one, other in zip(by_operator, more, strict=True)]
         place = max(range(len(by_operator)), key=by_operator.__getitem__)
         return kept + by_operator[place], self.graph.operators[place].name
 

@@ -8,6 +8,7 @@ operator that made it, which adds them.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tersor.errors import InputError
@@ -41,15 +42,16 @@ ADAM = Optimiser("adam", bytes=8.0, master=4.0)
 SGD = Optimiser("sgd", bytes=0.0)
 
 
-def training(graph: Graph) -> Graph:
+def training(graph: Graph, *, through: Sequence[str] = ()) -> Graph:
     """Return the graph with its backward pass and an update of every parameter.
 
-    Gradients of the outputs are given, as 1 is for a loss. Parameters that no output depends on have neither.
+    Gradients of the outputs are given, as 1 is for a loss. Parameters that no output depends on have neither. Inputs in
+    `through` have gradients, too: an earlier stage made them.
 
     Raises:
         InputError: no parameter reaches an output, so there is nothing to train.
     """
-    needed = _reached(graph)
+    needed = reached(graph, through)
     values = dict(graph.values)
     contributions: dict[str, list[str]] = {}
     for name in graph.outputs:
@@ -119,9 +121,10 @@ def _times(operator: Operator, wanted: list[int]) -> float:
     return 2.5 if operator.kind == "attention" else 1.0
 
 
-def _reached(graph: Graph) -> set[str]:
-    """Return floating-point values that depend on a parameter."""
+def reached(graph: Graph, through: Sequence[str]) -> set[str]:
+    """Return floating-point values that depend on a parameter, or on inputs that do."""
     found = {parameter.name for parameter in graph.parameters if parameter.dtype.is_floating_point}
+    found.update(name for name in through if graph.values[name].dtype.is_floating_point)
     for operator in graph.operators:
         if found.intersection(operator.inputs):
             found.update(name for name in operator.outputs if graph.values[name].dtype.is_floating_point)
