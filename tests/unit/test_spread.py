@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -115,14 +116,26 @@ def test_a_mesh_or_inputs_that_a_plan_is_not_for_are_refused() -> None:
         assert mine(torch.zeros(8, 4)) == module(torch.zeros(8, 4))
 
 
-def test_a_pipeline_refuses_a_mesh_or_inputs_that_it_is_not_for() -> None:
+def test_a_pipeline_refuses_a_mesh_or_inputs_that_it_is_not_for_and_plans_that_differ(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    others = ["another plan"]
+
+    def gathered(found: list[Any], own: object) -> None:
+        found[:] = [own, *others] if others else [own] * len(found)
+
+    monkeypatch.setattr(distributed, "all_gather_object", gathered)
     axes = (Axis("tensor", 1, Ring(1e-6, 1e11)),)
     module = Mlp(4, 8, 4)
     plan = plan_stages(module, (torch.zeros(8, 4),), stages=2, mesh=axes)
     with pretended(0, 2):
         with pytest.raises(InputError, match=r"for a mesh of \[2, 1\] named axes, and this one has \[2\]"):
             Staged(module, plan, init_device_mesh("cpu", (2,), mesh_dim_names=("stage",)))
-        mine = Staged(module, plan, init_device_mesh("cpu", (2, 1), mesh_dim_names=("stage", "tensor")))
+        mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("stage", "tensor"))
+        with pytest.raises(InputError, match=r"^rank 1 has another plan than rank 0: make it once"):
+            Staged(module, plan, mesh)
+        others.clear()
+        mine = Staged(module, plan, mesh)
         assert [tuple(one.shape) for one in mine.parameters()] == [(8, 4)] and not mine.last
         with pytest.raises(InputError, match="the plan is for 1 inputs, and 2 are given"):
             mine((torch.zeros(8, 4), torch.zeros(8, 4)))

@@ -7,6 +7,7 @@ between (the skips of a UNet, the encoder of a decoder), from each rank to the o
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,21 @@ from tersor.planner.graph.pipeline import StagedPlan
 from tersor.planner.graph.training import reached
 
 Loss = Callable[[Any], torch.Tensor]
+
+
+def _agree(plan: StagedPlan) -> None:
+    """Hold that all ranks have the same stages, cuts and sends: else one would wait for what none sends.
+
+    Raises:
+        InputError: they have not.
+    """
+    said = repr([(sorted(stage.plan.choice.items()), sorted(stage.sends.items())) for stage in plan.stages])
+    own = hashlib.sha256(said.encode()).hexdigest()
+    everyone: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(everyone, own)
+    others = [rank for rank, one in enumerate(everyone) if one != everyone[0]]
+    if others:
+        raise InputError(f"rank {others[0]} has another plan than rank 0: make it once and give it to all")
 
 
 class Staged(nn.Module):
@@ -39,7 +55,7 @@ class Staged(nn.Module):
             mesh: the devices, with the stages first and then the axes of a stage, all of them named.
 
         Raises:
-            InputError: the mesh has other axes than the plan.
+            InputError: the mesh has other axes than the plan, or ranks were given different plans.
         """
         super().__init__()
         wanted = (len(plan.stages), *(axis.ranks for axis in plan.stages[0].plan.space.mesh))
@@ -52,6 +68,7 @@ class Staged(nn.Module):
             axes = tuple(axis.ranks for axis in stage.plan.space.mesh)
             if axes != wanted[1:]:
                 raise InputError(f"stage {number} is for a mesh of {list(axes)}, and stage 0 of {list(wanted[1:])}")
+        _agree(plan)
         self.stage = mesh.get_local_rank(names[0])
         self._plan, own = plan, plan.stages[self.stage].plan
         self.own = Spread(module, own.space, own.choice, mesh[names[1:]])
