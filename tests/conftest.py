@@ -6,6 +6,7 @@ import itertools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -54,3 +55,23 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     monkeypatch.setattr(Function, "launch", noted)
     forget()
     yield names
+
+
+@pytest.fixture(scope="module")
+def vllm() -> Iterator[SimpleNamespace]:
+    """Let the plug-in be in a vLLM that is not there; what it is told of ranks can be set."""
+    from helpers import vllm_stand_in
+
+    from tersor.integrations import vllm as plugin
+
+    with vllm_stand_in.installed() as current:
+        plugin.register()
+        yield current
+    assert "tersor" in vllm_stand_in.REGISTERED
+
+
+@pytest.fixture
+def one_vllm_rank(vllm: SimpleNamespace) -> Iterator[None]:
+    """Leave nothing of ranks to the next test."""
+    yield
+    vllm.ranks, vllm.rank, vllm.load_config.load_format = 1, 0, "auto"

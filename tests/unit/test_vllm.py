@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,24 +15,9 @@ from helpers.vllm_layers import HIDDEN, INNER, LAYER, PARTS, build, config_of, f
 from tersor.convert import quantize
 from tersor.errors import CheckpointError, InputError, UnsupportedError
 from tersor.formats import get_scheme
-from tersor.integrations import vllm as plugin
 from tersor.integrations.transformers.load import load_model
 
-
-@pytest.fixture(scope="module", autouse=True)
-def vllm() -> Iterator[SimpleNamespace]:
-    """Let the plug-in be in a vLLM that is not there."""
-    with vllm_stand_in.installed() as current:
-        plugin.register()
-        yield current
-    assert "tersor" in vllm_stand_in.REGISTERED
-
-
-@pytest.fixture(autouse=True)
-def one_rank(vllm: SimpleNamespace) -> Iterator[None]:
-    """Leave nothing to the next test."""
-    yield
-    vllm.ranks, vllm.rank, vllm.load_config.load_format = 1, 0, "auto"
+pytestmark = pytest.mark.usefixtures("one_vllm_rank")
 
 
 def spans(kind: str, rank: int, ranks: int, kv_heads: int = 2) -> list[slice]:

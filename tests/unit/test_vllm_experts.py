@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,24 +13,9 @@ from helpers.vllm_layers import HIDDEN, LAYER, config_of
 
 from tersor.checkpoint.names import stored_weights
 from tersor.errors import UnsupportedError
-from tersor.integrations import vllm as plugin
 from tersor.integrations.transformers.load import load_model
 
-
-@pytest.fixture(scope="module", autouse=True)
-def vllm() -> Iterator[SimpleNamespace]:
-    """Let the plug-in be in a vLLM that is not there."""
-    with vllm_stand_in.installed() as current:
-        plugin.register()
-        yield current
-    assert "tersor" in vllm_stand_in.REGISTERED
-
-
-@pytest.fixture(autouse=True)
-def one_rank(vllm: SimpleNamespace) -> Iterator[None]:
-    """Leave nothing to the next test."""
-    yield
-    vllm.ranks, vllm.rank, vllm.load_config.load_format = 1, 0, "auto"
+pytestmark = pytest.mark.usefixtures("one_vllm_rank")
 
 
 @pytest.mark.parametrize("kind", ["fp6", "mixed", "plain"])
