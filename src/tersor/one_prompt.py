@@ -54,8 +54,8 @@ class Asked:
         activations: what linears multiply: 16bit, fp8, int8 or int8:g128.
         cuda_graph: True insists on CUDA graphs, False forbids them, None uses them where they work.
         trust_remote_code: whether Python code that comes with the model is run.
-        offload, resident_layers, offload_directory: as in `EngineConfig`.
-        ranks: of its options those count that say how many ranks compute the model, and what each has.
+        ranks: of its options those count that say how many ranks compute the model, what each has, and which weights
+            are offloaded.
     """
 
     prompt: str | list[int]
@@ -66,9 +66,6 @@ class Asked:
     activations: str = "16bit"
     cuda_graph: bool | None = None
     trust_remote_code: bool = False
-    offload: str | None = None
-    resident_layers: int | None = None
-    offload_directory: str | None = None
     ranks: EngineConfig = field(default_factory=EngineConfig)
 
 
@@ -139,8 +136,8 @@ def ready(directory: Path, tokenizer: PreTrainedTokenizerBase, asked: Asked) -> 
     if why and asked.ranks.ranks > 1:
         raise UnsupportedError(f"{asked.ranks.ranks_said}, which the engine alone has: {why}")
     if why:
-        if asked.offload is not None:
-            raise UnsupportedError(f"offload is {asked.offload}, and {why}: the engine alone offloads")
+        if asked.ranks.offload is not None:
+            raise UnsupportedError(f"offload is {asked.ranks.offload}, and {why}: the engine alone offloads")
         return _ByTransformers(directory, tokenizer, asked, why)
     return _ByEngine(directory, tokenizer, asked, config, dtype)
 
@@ -247,9 +244,9 @@ class _ByEngine:
             memory=1.0,
             kv_bytes=pages_for(prompt, room, samples) * page_bytes(config, dtype),
             trust_remote_code=asked.trust_remote_code,
-            offload=asked.offload,
-            resident_layers=asked.resident_layers,
-            offload_directory=asked.offload_directory,
+            offload=asked.ranks.offload,
+            resident_layers=asked.ranks.resident_layers,
+            offload_directory=asked.ranks.offload_directory,
             tensor_parallel=asked.ranks.tensor_parallel,
             pipeline_parallel=asked.ranks.pipeline_parallel,
             expert_parallel=asked.ranks.expert_parallel,

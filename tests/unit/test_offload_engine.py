@@ -160,7 +160,9 @@ def test_verbs_say_so_in_a_line(
 def test_what_runs_through_transformers_is_not_offloaded(tmp_path: Path) -> None:
     model = tiny_lm.copy(tmp_path / "own")
     own_code.edit(model / "config.json", {"architectures": ["SomeoneElsesForCausalLM"]})
-    asked = Asked(prompt=[1], sampling=Sampling(max_new_tokens=1), device=torch.device("cpu"), offload="host")
+    asked = Asked(
+        prompt=[1], sampling=Sampling(max_new_tokens=1), device=torch.device("cpu"), ranks=EngineConfig(offload="host")
+    )
     with pytest.raises(UnsupportedError, match=r"offload is host, and SomeoneElses.* runs through transformers"):
         one_prompt.ready(model, tiny_lm.tokenizer(), asked)
 

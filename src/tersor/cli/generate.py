@@ -97,9 +97,6 @@ def command(
         cuda_graph=GRAPHS[cuda_graph],
         ranks=ranks,
         trust_remote_code=trust_remote_code,
-        offload=offload,
-        resident_layers=resident_layers,
-        offload_directory=offload_directory,
     )
     with console.telling():
         continuing = one_prompt.ready(found.directory, tokenizer, asked)
