@@ -1,11 +1,12 @@
 """Run the tests of tests/gpu and keep a summary of what passed, where and with what, as results/gpu_tests.json.
 
     python bench/gpu_tests.py [further arguments of pytest]
-    python bench/gpu_tests.py --again [further arguments of pytest]
+    python bench/gpu_tests.py --again [files of tests/gpu] [further arguments of pytest]
 
-`--again` runs the functions of which a test failed last time, and no others, and puts what they do now in its place:
-for tests that were wrong. What is mended in Tersor itself asks for all of them. The exit status is pytest's, or 1 where
-every test was skipped: then nothing was tested, and no summary is written.
+`--again` runs the files that are named, or else the functions of which a test failed last time, and no others, and puts
+what they do now in its place: for tests that were wrong, and for what a change can have reached. What is mended in what
+all kernels share asks for all of them. The exit status is pytest's, or 1 where every test was skipped: then nothing was
+tested, and no summary is written.
 """
 
 from __future__ import annotations
@@ -29,14 +30,16 @@ def main() -> None:
     """Run pytest, write the summary, exit."""
     again = AGAIN in sys.argv[1:]
     before = json.loads((results_file.RESULTS / "gpu_tests.json").read_text()) if again else {}
-    if again and not before["failed"]:
-        raise SystemExit("no test failed last time")
+    options = [option for option in sys.argv[1:] if option != AGAIN]
+    files = sorted(option for option in options if option.endswith(".py")) if again else []
     functions = sorted({name.partition("[")[0] for name in before.get("failed", ())})
+    if again and not files and not functions:
+        raise SystemExit("no test failed last time")
+    tests = files or [f"tests/gpu/{name.replace('.', '.py::', 1)}" for name in functions] or ["tests/gpu"]
     with tempfile.TemporaryDirectory() as folder:
         junit = Path(folder) / "junit.xml"
-        tests = [f"tests/gpu/{name.replace('.', '.py::', 1)}" for name in functions] or ["tests/gpu"]
-        options = [option for option in sys.argv[1:] if option != AGAIN]
-        command = [sys.executable, "-m", "pytest", *tests, f"--junitxml={junit}", *options]
+        further = [option for option in options if option not in files]
+        command = [sys.executable, "-m", "pytest", *tests, f"--junitxml={junit}", *further]
         status = subprocess.run(command, cwd=ROOT, check=False).returncode
         if not junit.exists():
             raise SystemExit(f"pytest ended with status {status} before it ran a test")
@@ -44,21 +47,28 @@ def main() -> None:
     if result["counts"].keys() <= {"skipped"}:
         raise SystemExit("no test ran: tests/gpu needs a CUDA device")
     if again:
-        result = joined(before, result, functions)
+        result = joined(before, result, [Path(file).stem for file in files] or functions)
     print(f"written to {results_file.write('gpu_tests', result)}")
     raise SystemExit(status)
 
 
-def joined(before: dict[str, Any], after: dict[str, Any], functions: list[str]) -> dict[str, Any]:
-    """Return a summary of all tests, of which those of some functions ran again."""
-    tests = {function: counts for function, counts in before["tests"].items() if function not in functions}
-    tests |= after["tests"]
+def joined(before: dict[str, Any], after: dict[str, Any], again: list[str]) -> dict[str, Any]:
+    """Return a summary of all tests, of which those of some functions, or of all functions of some modules, ran again."""
+
+    def ran(name: str) -> bool:
+        function = name.partition("[")[0]
+        return function in again or function.partition(".")[0] in again
+
+    tests = {function: counts for function, counts in before["tests"].items() if not ran(function)} | after["tests"]
     total: Counter[str] = sum((Counter(counts) for counts in tests.values()), Counter())
     return {
         "counts": dict(total),
         "seconds": before["seconds"],
-        "failed": after["failed"],
-        "ran_again": {"functions": functions, "seconds": after["seconds"], "failed_before": before["failed"]},
+        "failed": [name for name in before["failed"] if not ran(name)] + after["failed"],
+        "ran_again": [
+            *before.get("ran_again", ()),
+            {"tests": again, "seconds": after["seconds"], "failed_before": [n for n in before["failed"] if ran(n)]},
+        ],
         "tests": dict(sorted(tests.items())),
     }
 

@@ -138,4 +138,9 @@ def test_the_summary_of_gpu_tests(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     after = {"counts": {"passed": 9}, "seconds": 2.0, "failed": [], "tests": {functions[1]: {"passed": 9}}}
     joined = script.joined(result, after, functions)
     assert joined["counts"] == {"passed": 9, "skipped": 1} and joined["failed"] == []
-    assert joined["ran_again"] == {"functions": functions, "seconds": 2.0, "failed_before": result["failed"]}
+    assert joined["ran_again"] == [{"tests": functions, "seconds": 2.0, "failed_before": result["failed"]}]
+    joined = script.joined(result, after, ["test_linear_gpu"])
+    assert joined["counts"] == {"passed": 9, "skipped": 1, "error": 1}
+    assert joined["failed"] == ["test_jit_gpu.test_launches"]
+    twice = script.joined(joined, {**after, "tests": {functions[0]: {"passed": 9}}}, ["test_jit_gpu"])
+    assert twice["counts"] == {"passed": 18, "skipped": 1} and len(twice["ran_again"]) == 2
