@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def joined(before: dict[str, Any], after: dict[str, Any], again: list[str]) -> dict[str, Any]:
-    """Return a summary of all tests, of which those of some functions, or of all functions of some modules, ran again."""
+    """Return a summary of all tests, of which those of some functions, or of whole modules, ran again."""
 
     def ran(name: str) -> bool:
         function = name.partition("[")[0]
