@@ -20,6 +20,7 @@ from tersor.cli import main
 from tersor.compress.prune import Pattern
 from tersor.compress.prune.allocate import MOST_APART
 from tersor.convert import prune as job
+from tersor.convert.calibrate import pruning
 from tersor.convert.calibrate.pruning import PruneCoder
 from tersor.convert.calibrate.text import read_windows
 from tersor.errors import InputError, TersorError
@@ -79,6 +80,16 @@ def test_every_linear_layer_has_its_share_of_zeros_and_loads_through_transformer
         assert line["left"] == Pattern(share).kept(1, line["weights"])
         assert line["loss_reweighted"] <= line["loss_mask"] * (1 + 1e-6)
         assert line["loss_reweighted"] <= line["loss_magnitude"] * (1 + 1e-6)
+
+
+@pytest.mark.parametrize(("values", "loaded"), [("int4", {"int4"}), (None, set())])
+def test_kernels_are_loaded_ahead_that_give_codes_to_what_is_left(
+    llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: str | None, loaded: set[str]
+) -> None:
+    found: set[str] = set()
+    monkeypatch.setattr(pruning, "load_columns", lambda formats, device: found.update(one.name for one in formats))
+    job.prune(llama, tmp_path / "out", calibration=text, values=values, algorithm="magnitude", **OPTIONS)
+    assert found == loaded
 
 
 def test_a_layer_is_pruned_on_what_it_reads_in_the_pruned_model(
