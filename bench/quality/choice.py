@@ -26,7 +26,7 @@ class Choice:
     Attributes:
         words: what it is called.
         recipe: whose quality it has; empty for the original's.
-        kernels: names in results of its kernel; the first that was timed counts, and is named if another is ahead of it.
+        kernels: names in results of its kernel; the first that was timed counts, named where it is another.
     """
 
     words: str
