@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from tersor.compress.prune import get_algorithm
+
 ROWS = ("fp4_e2m1", "fp5_e2m2", "fp6_e3m2", "fp6_e2m3")
 """Formats with one scale a row."""
 GROUPED = ("uint4", "uint3", "int4")
@@ -131,7 +133,8 @@ def pruned() -> list[Recipe]:
 
 
 def _pruned(name: str, **how: Any) -> Recipe:
-    return Recipe(name, {"sparsity": SPARSITY, **how}, calibrated=True, verb="prune")
+    calibrated = get_algorithm(how.get("algorithm", "admm")).needs_text
+    return Recipe(name, {"sparsity": SPARSITY, **how}, calibrated=calibrated, verb="prune")
 
 
 def _plain(scheme: str, group: int, how: Mapping[str, Any] | None = None) -> Recipe:

@@ -21,6 +21,14 @@ Ignore = Annotated[
     list[str] | None,
     typer.Option(metavar="REGEX", help="Leave modules alone whose name it finds; repeatable."),
 ]
+CalibrationText = Annotated[
+    str | None,
+    typer.Option(
+        "--calibration",
+        metavar="FILE",
+        help="A text to calibrate on (UTF-8), JSON lines (.jsonl) with text or messages, or the id of a dataset.",
+    ),
+]
 CalibrationTokens = Annotated[
     int | None, typer.Option(help="Tokens of it that are used, in windows spread evenly; 128 windows if not given.")
 ]
@@ -28,6 +36,7 @@ CalibrationWindow = Annotated[
     int | None, typer.Option(help="Tokens in a window; 2048, or as many as the model takes, if not given.")
 ]
 ShardSize = Annotated[str, typer.Option(help="Size of an output file, such as 5GB or 500MB.")]
+WorkDevice = Annotated[str, typer.Option("--device", help="Where the work is done: auto, cpu, cuda or cuda:N.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue what an interrupted run left.")]
 
 # What a model writes, as `serve` and `batch` read it.
