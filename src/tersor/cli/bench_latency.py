@@ -64,7 +64,7 @@ def command(
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw milliseconds a step over rows (.png, .pdf, .svg).")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write JSON to a file.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    json: options.Json = False,
 ) -> None:
     """Time decode steps of whole models with random weights, or show what was timed."""
     from tersor import plots

@@ -9,6 +9,8 @@ import typer
 
 from tersor.engine.config import MANY_ROWS
 
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint directory or hub id.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model, as if it were yours.")
 ]

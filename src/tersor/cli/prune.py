@@ -12,7 +12,7 @@ from tersor.cli.quantize import give, parse_size, resumable, show_progress
 
 
 def command(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint directory or hub id.")],
+    model: options.Model,
     output: Annotated[str, typer.Option("--output", "-o", help="Directory to make.")],
     revision: options.Revision = None,
     sparsity: Annotated[
@@ -73,7 +73,7 @@ def command(
     shard_size: options.ShardSize = "5GB",
     resume: options.Resume = False,
     trust_remote_code: options.TrustRemoteCode = False,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    json: options.Json = False,
 ) -> None:
     """Prune, then print what became of the tensors."""
     from tersor.convert.prune import prune

@@ -27,7 +27,7 @@ _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
 def command(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint directory or hub id.")],
+    model: options.Model,
     revision: options.Revision = None,
     output: Annotated[
         str | None, typer.Option("--output", "-o", help="Directory to make; not needed for a dry run.")
@@ -118,7 +118,7 @@ def command(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be done.")] = False,
     resume: options.Resume = False,
     trust_remote_code: options.TrustRemoteCode = False,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    json: options.Json = False,
 ) -> None:
     """Compress, then print what became of the tensors."""
     from tersor.convert.job import quantize
