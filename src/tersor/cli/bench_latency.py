@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -39,7 +40,10 @@ def command(
     ] = None,
     sparsity: Annotated[
         str | None,
-        typer.Option(help="Part of the weights, but for the output head, that is pruned at random, such as 0.5."),
+        typer.Option(
+            help="Part of the weights, but for the output head, that is pruned at random, such as 0.5, or several such "
+            "as 0,0.5,0.7; 0 has them whole."
+        ),
     ] = None,
     dtype: Annotated[str, typer.Option(help="Of activations: float16 or bfloat16.")] = "float16",
     kv_dtype: Annotated[str, typer.Option(help="Of keys and values: auto, float16, bfloat16 or fp8.")] = "auto",
@@ -60,7 +64,7 @@ def command(
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw milliseconds a step over rows (.png, .pdf, .svg).")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write JSON to a file.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    json: options.Json = False,
 ) -> None:
     """Time decode steps of whole models with random weights, or show what was timed."""
     from tersor import plots
@@ -91,8 +95,8 @@ def command(
         geometries.geometry(name)
     multiplied = Activations.of(activations)
     named = rivals.named(against)
-    pruned = None if sparsity is None else bench.sparsity(sparsity)
-    if pruned is not None and (named or multiplied is not Activations.NATIVE):
+    parts = [bench.sparsity(word) or None for word in (sparsity or "0").split(",")]
+    if any(parts) and (named or multiplied is not Activations.NATIVE):
         raise InputError("--sparsity: no rival has such weights, nor are they multiplied with 8-bit activations")
     if plot is not None:
         plots.check_plot(plot)
@@ -158,7 +162,7 @@ def command(
         facts["read_bandwidth"] = timing.read_bandwidth()
     with console.progress("timing") as move:
         for name in names:
-            for label, scheme in kinds:
+            for (label, scheme), part in itertools.product(kinds, parts):
                 model, most = geometries.geometry(name), max(batches)
                 kv_bytes = latency.pages_for(batches, contexts) * page_bytes(model, pages.pages_dtype or kernel_dtype)
                 needed = replace(pages, max_rows=most, max_step_tokens=most, kv_bytes=kv_bytes)
@@ -169,7 +173,7 @@ def command(
                     seat.device,
                     kernel_dtype,
                     head=scheme if head_format is None else head,
-                    sparsity=pruned,
+                    sparsity=part,
                     activations=activations,
                     context=max(contexts),
                     offload=None if away is None else replace(away, told=_told),
@@ -196,7 +200,7 @@ def command(
                 runner.allocate(latency.pages_for(batches, contexts))
                 if cuda_graph == "on":
                     runner.capture(batches)
-                shown = label if pruned is None else f"{label}:s{100 * pruned:g}"
+                shown = label if part is None else f"{label}:s{100 * part:g}"
                 shown = shown if head_format in (None, label) else f"{shown}/{head_format}"
                 if team.first:
                     ours += latency.measure(runner, name, shown, batches, contexts, steps, move)
