@@ -20,7 +20,7 @@ def hf_config(directory: Path) -> Any:
     """Return what vLLM reads of config.json."""
     said = json.loads((directory / "config.json").read_text())
     found = SimpleNamespace(**said)
-    found.get_text_config = lambda: found
+    found.get_text_config, found.to_dict = lambda: found, lambda: said
     return found
 
 
