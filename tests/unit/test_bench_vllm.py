@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -344,6 +345,18 @@ def test_what_cannot_be_compared_is_said_in_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     refused_in_one_line(["bench", *words], status, message, monkeypatch, capsys)
+
+
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "vllm.md").read_text()
+COMMANDS = re.findall(r"^ {4}tersor (bench .*)$", PAGE.replace("\\\n", ""), re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_of_the_page_are_understood(
+    command: str, asked: Asked, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert len(COMMANDS) == 3
+    refused_in_one_line(command.split(), 1, "timing needs a CUDA device", monkeypatch, capsys)
 
 
 @pytest.mark.parametrize("verb", ["latency", "throughput"])
