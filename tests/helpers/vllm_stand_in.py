@@ -283,9 +283,11 @@ def installed() -> Iterator[SimpleNamespace]:
         module.__dict__.update(attributes)
         sys.modules[name] = module
     REGISTERED.clear()
+    verify = VllmConfig.__post_init__
     try:
         yield CURRENT
     finally:
+        VllmConfig.__post_init__ = verify  # type: ignore[method-assign]
         for name in [name for name in sys.modules if _belongs(name)]:
             del sys.modules[name]
             owner, _, last = name.rpartition(".")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import checkpoints, mixes, packed_models, vllm_stand_in
-from helpers.vllm_layers import HIDDEN, LAYER, config_of
+from helpers.vllm_layers import HIDDEN, LAYER, config_of, loading
 
 from tersor.errors import UnsupportedError
 from tersor.integrations.transformers.load import load_model
@@ -33,11 +33,12 @@ def test_experts_are_two_stacks_of_a_rank(tmp_path: Path, vllm: SimpleNamespace,
         vllm.ranks, vllm.rank = ranks, rank
         prefix = f"{LAYER}.mlp.experts"
         layer: Any = vllm_stand_in.RoutedExperts(config_of(read), prefix, 4, HIDDEN, HIDDEN)
-        for name, tensor in tensors.items():
-            if name.startswith(f"{prefix}."):
-                expert, projection, own = name.removeprefix(f"{prefix}.").split(".", 2)
-                assert layer.load(int(expert), projection, own, tensor)
-        layer.quant_method.process_weights_after_loading(layer)
+        with loading():
+            for name, tensor in tensors.items():
+                if name.startswith(f"{prefix}."):
+                    expert, projection, own = name.removeprefix(f"{prefix}.").split(".", 2)
+                    assert layer.load(int(expert), projection, own, tensor)
+            layer.quant_method.process_weights_after_loading(layer)
         total += layer.quant_method.apply(layer, x, weights, index.int(), None, None)
     torch.testing.assert_close(total, model.model.layers[0].mlp.experts(x, index, weights))
 

@@ -19,7 +19,7 @@ from tersor.ops.dispatch import kernel_layout
 
 GATES = ("silu", "gelu", "gelu_tanh", "gelu_pytorch_tanh")
 """How gate and up of experts become one, by the names of configurations."""
-_CUT = ("o_proj", "down_proj", "w2", "out_proj", "fc2", "dense_4h_to_h")
+_CUT = ("o_proj", "wo", "out_proj", "down_proj", "w2", "fc2", "c_proj", "dense_4h_to_h", "output_linear")
 """What layers are called whose input channels vLLM deals out to ranks."""
 _LLAMA4 = ("Llama4ForCausalLM", "Llama4ForConditionalGeneration")
 """Classes for which vLLM brings the rows of queries and keys in another order, by the names of codes and scales, and
