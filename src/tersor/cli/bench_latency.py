@@ -16,7 +16,7 @@ from tersor.engine.config import EngineConfig
 from tersor.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
-    from tersor.bench.latency import Latency, Skipped
+    from tersor.bench.latency import Latency, Prefill, Skipped
     from tersor.planner.placement import Placement
 
 MODEL = "llama-3-8b"
@@ -59,6 +59,9 @@ def command(
     placement: options.Placed = None,
     plan: options.Planned = None,
     against: options.AgainstVllm = None,
+    prefill: Annotated[
+        int | None, typer.Option(min=1, help="Of rivals also time prompts of so many tokens; default: none.")
+    ] = None,
     taken: Annotated[
         Path | None, typer.Option("--from", metavar="FILE", help="Time nothing: show what --output wrote.")
     ] = None,
@@ -95,6 +98,8 @@ def command(
         geometries.geometry(name)
     multiplied = Activations.of(activations)
     named = rivals.named(against)
+    if prefill is not None and not named:
+        raise InputError("--prefill is timed of rivals: name one in --against")
     parts = [bench.sparsity(word) or None for word in (sparsity or "0").split(",")]
     if any(parts) and (named or multiplied is not Activations.NATIVE):
         raise InputError("--sparsity: no rival has such weights, nor are they multiplied with 8-bit activations")
@@ -111,8 +116,6 @@ def command(
     variants = rivals.variants(named, [scheme for _, scheme in kinds], multiplied)
     bench.need_gpu("--from shows what was timed")
     kernel_dtype = bench.dtype_named(dtype)
-    if variants:
-        rival.check_room([geometries.config_json(name) for name in names], contexts, steps, dtype=dtype)
     import torch
 
     from tersor.bench import timing
@@ -132,7 +135,7 @@ def command(
         team, facts["placement"] = workers.joined(pages, placed, torch.device("cuda")), placed.to_dict()
     seat = team.seat
     ours: list[Latency] = []
-    theirs: list[Latency | Skipped] = []
+    theirs: list[Latency | Prefill | Skipped] = []
 
     def found() -> dict[str, Any]:
         return latency.result([*ours, *theirs], rivals.versions(named), **facts)
@@ -142,7 +145,7 @@ def command(
             report.write(output, report.text(found()))
 
     with console.progress("timing vllm") as move:  # first, while the GPU's memory is free
-        cells = len(names) * len(variants) * len(batches) * len(contexts)
+        cells = len(names) * len(variants) * (len(batches) * len(contexts) + (prefill is not None))
         for name in names:
             for row in rival.latencies(
                 variants,
@@ -154,6 +157,7 @@ def command(
                 dtype=dtype,
                 kv_dtype=kv_dtype,
                 cuda_graph=cuda_graph == "on",
+                prefill=prefill,
             ):
                 theirs.append(row)
                 move(len(theirs), cells)
@@ -264,3 +268,6 @@ def show(result: dict[str, Any], json: bool) -> None:
     reached = "" if bandwidth is None else f"; a large read reaches {bandwidth / 1e12:.2f} TB/s"
     print(f"{gpu}, {result['dtype']} activations, keys and values in {kv}{reached}")
     console.print_table(*latency.columns(result))
+    for row in result.get("prefills", []):
+        asked = f"{row['prompts']} prompts of {row['prompt_tokens']} tokens"
+        print(f"{row['name']} in {row['format']} reads {row['tokens_per_second']:,.0f} tokens a second of {asked}")

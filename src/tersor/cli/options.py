@@ -105,7 +105,7 @@ AgainstVllm = Annotated[
         "--against",
         help=(
             "Rivals, where vLLM is installed: vllm (16-bit weights), vllm:fp8, vllm:humming, vllm:tersor; default: "
-            "none. Random weights for them are in memory (/dev/shm), or else in TMPDIR, while they run."
+            "none. For `bench throughput` random weights are in memory (/dev/shm), or else in TMPDIR, while they run."
         ),
     ),
 ]
