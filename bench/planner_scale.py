@@ -1,7 +1,8 @@
 """How long does it take to plan, by GPUs and by model? On one core of a CPU; nothing of a GPU is timed.
 
-`python bench/planner_scale.py` plans for 8 to 16,384 H200 in nodes of eight, by latency and by throughput, and writes
-`bench/results/planner_scale.json`: seconds of each search, and the axes it found.
+`python bench/planner_scale.py` plans for 8 to 16,384 H200 in nodes of eight, by latency and by throughput, among what the
+engine runs, as `tersor plan` does, and among all that there is (`--any`). It writes `bench/results/planner_scale.json`:
+seconds of each search, and the axes it found. With `--write` it plans nothing and makes the table of docs/planning.md.
 """
 
 from __future__ import annotations

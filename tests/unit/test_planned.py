@@ -172,12 +172,23 @@ def test_what_the_engine_does_not_run_is_a_note_of_the_plan_and_a_line(
         (changed(qkv="replicate"), "in a layer qkv is replicate, attention is head, out is row"),
         (changed(embedding="replicate"), "embedding is replicate and head vocabulary on the same ranks"),
         (replace(found, expert=2), "experts of a layer are dealt out over 2 replicas"),
+        (replace(found, pipeline=3), "a decode step goes through 3 stages in 1 parts, and the engine makes 3"),
     ):
         with pytest.raises(InputError, match=f"^the engine does not run this plan: {line}"):
             placement_of(wrong, path)
     qkv = next(one for one in found.chosen if one.block == "qkv")
     two = replace(found, chosen=(*found.chosen, replace(qkv, group="layers.3", way="replicate")))
     assert why_not(two) == "qkv of layers.3 is replicate in decode, and that of layers.0-2 column in decode"
+
+
+@pytest.mark.parametrize(("batch", "stages", "parts"), [(64, 2, 2), (3, 4, 3), (1, 4, 1)])
+def test_a_plan_for_the_engine_has_the_micro_batches_that_the_engine_makes(batch: int, stages: int, parts: int) -> None:
+    chip = chip_named("h200")
+    work = Workload(batch=batch, context=512, prompt=128)
+    asked = Asked(model_of("llama-3-8b"), Mesh.of(stages, None, 8), work, Kernels(chip), links.of_chip(chip))
+    pinned = replace(asked, pipeline=stages, served=True)
+    assert plan(pinned).parts == parts and why_not(plan(pinned)) is None
+    assert {parts for axes, parts in replace(pinned, served=False).candidates()} == {1, parts}
 
 
 def moved(found: Plan, *names: str) -> Plan:

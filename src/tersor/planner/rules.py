@@ -24,6 +24,7 @@ from tersor.planner.mesh import Axes, Mesh
 from tersor.planner.parts import Workload
 from tersor.planner.problem import Block, Choice, Edge, Problem
 from tersor.planner.search import Found, fast
+from tersor.planner.served import under_way
 from tersor.planner.ways import COLUMN, HEAD, REPLICATE, ROW, TENSOR, VOCAB, Setting
 
 Settings = Callable[[Axes], Setting]
@@ -76,7 +77,7 @@ class Rule:
                 if ways is None:
                     return
                 try:
-                    made = _made(setting, ways, 1, self.name)
+                    made = _made(setting, ways, under_way(pipeline, workload.batch, workload.phases), self.name)
                 except Unfit as error:
                     last = Ruled(self.name, axes, None, error)
                     continue
