@@ -129,6 +129,21 @@ def test_keys_and_values_are_repeated_where_ranks_are_more_than_their_heads() ->
     assert ways(eight)["attention"] == "head"
 
 
+def test_rows_are_dealt_out_where_ranks_are_many_more_than_heads_of_keys_and_texts_are_long() -> None:
+    """Attention by rows reads each page once; heads that two ranks have are read twice. The engine has heads alone."""
+    work = Workload(batch=256, context=8192, prompt=512)
+    question = replace(asked(model("qwen3-30b-a3b"), 8, work), data=1, tensor=8)
+    free, own = plan(question), plan(replace(question, served=True))
+    short = plan(replace(question, workload=Workload(batch=8, context=512, prompt=64)))
+    assert [{one.way for one in found.chosen if one.block == "attention"} for found in (free, own, short)] == [
+        {"batch"},
+        {"head"},
+        {"head"},
+    ]
+    assert free.stages[0].memory[0].kv < own.stages[0].memory[0].kv and free.step < own.step
+    assert free.notes[-1].startswith("the engine does not run this plan")
+
+
 def test_231_groups_are_cut_into_116_and_115() -> None:
     found = plan(asked(model("qwen2.5-72b", INT4), 2))
     assert found.tensor == 2

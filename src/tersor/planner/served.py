@@ -1,10 +1,10 @@
 """What of a plan does the engine run? Layouts between its blocks are whole, and layers cut alike; in a line, why not.
 
 The engine (`models.share`) has every activation on every rank but inside an attention and inside a feed-forward network
-or experts, so sums are whole again behind `out` and down. Of P stages P steps are under way, each with a P-th of the rows
-that decode. What else a plan may say (tokens dealt out inside a group, experts that several replicas have together, one
-block cut and the next one not, a step that passes all stages as one batch) costs less here and there, and is for reading:
-`tersor plan --any` searches it too.
+or experts, so sums are whole again behind `out` and down. Of P stages P steps are under way, each with a P-th of the
+rows that decode. What else a plan may say (tokens or rows dealt out inside a group, experts that several replicas have
+together, one block cut and the next one not, a step that passes all stages as one batch) costs less here and there, and
+is for reading: `tersor plan --any` searches it too.
 """
 
 from __future__ import annotations
