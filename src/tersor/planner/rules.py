@@ -77,7 +77,7 @@ class Rule:
                 if ways is None:
                     return
                 try:
-                    made = _made(setting, ways, under_way(pipeline, workload.batch, workload.phases), self.name)
+                    made = by_ways(setting, ways, under_way(pipeline, workload.batch, workload.phases), self.name)
                 except Unfit as error:
                     last = Ruled(self.name, axes, None, error)
                     continue
@@ -89,7 +89,12 @@ class Rule:
             yield last
 
 
-def _made(setting: Setting, ways: dict[str, str], parts: int, name: str) -> Made:
+def by_ways(setting: Setting, ways: dict[str, str], parts: int, name: str) -> Made:
+    """Return what blocks cut in these ways are worth, each replicated where it cannot be cut so or is not named.
+
+    Raises:
+        Unfit: a rank does not hold its part.
+    """
     replica, _, problem = _problem(setting, parts)
     if ways is _BYTES:
         choice = fast(_bytes_only(replica, problem)).choice
