@@ -252,7 +252,13 @@ def test_every_part_of_the_time_has_a_source_and_parts_are_the_whole() -> None:
     assert {one.kind for one in explain(found, "sums")} == {"sums"}
     sizes = {one.name: one for one in explain(found, "memory")}
     assert sizes["memory.stage 0.weights"].value == f"{found.stages[0].memory[0].weights / 1e9:.3f} GB"
-    assert all(one.source for one in explain(found, ""))
+    every = {one.name: one for one in explain(found, "")}
+    assert all(one.source for one in every.values())
+    asked_for = [f"weights.{cut.module}" for cut in found.cuts] + [f"other.{one.name}" for one in found.rivals]
+    asked_for += [f"rule.{one.name}" for one in found.rules if one.seconds is not None] + ["gap", "rate", "searched"]
+    asked_for += [f"{name} {what}" for name in found.passes for what in ("pass", "apart", "stage 0")]
+    assert set(asked_for) - set(every) <= {f"other.{one.name}" for one in found.rivals if one.seconds is None}
+    assert every["decode stage 0"].value == f"{found.stages[0].seconds['decode'] * 1e3:.3f} ms"
     assert "prefill" in explain(found, "step")[0].source
     with pytest.raises(InputError, match=r"the plan has no part 'nothing': it has decode\.embedding, "):
         explain(found, "nothing")
