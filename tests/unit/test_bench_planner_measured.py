@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -83,24 +84,24 @@ def test_what_fits_nowhere_is_said_and_left_out(bench: ModuleType, capsys: pytes
         assert placement.ranks == 2 and one.predicted > 15 and one.exchanges == (162 if one.tensor == 2 else 1)
 
 
-def test_two_processes_run_all_of_it(tmp_path: Path) -> None:
+def test_two_processes_run_all_of_it(bench: ModuleType, tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(Path(tersor.__file__).resolve().parents[1]), "OMP_NUM_THREADS": "1"}
     out = tmp_path / "measured.json"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     words = ["bench/planner_measured.py", "--device", "cpu", "--rows", "2", "--contexts", "64", "--steps", "1"]
-    for more in (["--model", "examples/tiny-lm:16bit"], ["--model", "examples/tiny-lm:fp6_e3m2", "--add"]):
-        done = subprocess.run(
-            [*command, *words, *more, "-o", str(out)],
-            capture_output=True, text=True, env=environment, cwd=ROOT, timeout=120,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        assert "predicted: mean error" in done.stdout and f"written to {out}" in done.stdout
+    before = [asdict(row(bench)), asdict(row(bench, model="tiny-lm", format="16bit"))]
+    out.write_text(json.dumps({"rows": before}), encoding="utf-8")
+    done = subprocess.run(
+        [*command, *words, "--model", "examples/tiny-lm:16bit", "--add", "-o", str(out)],
+        capture_output=True, text=True, env=environment, cwd=ROOT, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "predicted: mean error" in done.stdout and f"written to {out}" in done.stdout
     found = json.loads(out.read_text(encoding="utf-8"))
-    assert (found["kind"], found["ranks"], found["summary"]["configurations"]) == ("planner measured", 2, 6)
-    assert [(one["format"], one["tensor"], one["pipeline"]) for one in found["rows"][::3]] == [
-        ("16bit", 2, 1),
-        ("fp6_e3m2", 2, 1),
-    ]
+    assert (found["kind"], found["ranks"], found["summary"]["configurations"]) == ("planner measured", 2, 4)
+    assert found["rows"][0]["model"] == "a", "what was there of another model is kept"
+    ways = [(one["tensor"], one["pipeline"], one["copies"]) for one in found["rows"][1:]]
+    assert ways == [(2, 1, 1), (1, 2, 1), (1, 1, 2)]
     assert all(one["measured"] > 0 for one in found["rows"])
 
 

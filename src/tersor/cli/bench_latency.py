@@ -188,11 +188,15 @@ def placement_of(
     """
     if plan is not None and (len(names) > 1 or len(formats) > 1 or head_format not in (None, formats[0])):
         raise InputError("--plan is of one model, all of whose linears have one format: time that alone")
-    return planned.of_geometry(names[0], formats[0], given, plan)
+    if plan is None:
+        return given
+    from tersor.models import geometries
+
+    return planned.of_config(geometries.config_json(names[0]), names[0], formats[0], given, plan)
 
 
-def check_ranks(config: EngineConfig, names: Sequence[str], against: str | None) -> None:
-    """Hold that a model of several ranks is one that all processes of torchrun make.
+def check_ranks(config: EngineConfig, names: Sequence[str], against: str | None, verb: str = "latency") -> None:
+    """Hold that a model of several ranks is one that all processes of torchrun make; `verb` is of `tersor bench`.
 
     Raises:
         InputError: it is not.
@@ -203,7 +207,7 @@ def check_ranks(config: EngineConfig, names: Sequence[str], against: str | None)
 
     if not by_torchrun(config):
         raise InputError(
-            f"{config.ranks_said}: start them all, torchrun --nproc-per-node {config.ranks} -m tersor bench latency"
+            f"{config.ranks_said}: start them all, torchrun --nproc-per-node {config.ranks} -m tersor bench {verb}"
         )
     if len(names) > 1 or against is not None:
         raise InputError(f"{config.ranks_said}: one model at a time is timed, and no rival")
