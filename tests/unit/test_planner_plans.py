@@ -13,6 +13,7 @@ from tersor.errors import InputError
 from tersor.hardware import chip_named
 from tersor.models.geometries import GEOMETRIES
 from tersor.models.parts import model_of, of_config
+from tersor.models.planned import placed_config
 from tersor.planner import links
 from tersor.planner.asked import Asked
 from tersor.planner.choose import least_seconds, notes, plan
@@ -268,6 +269,20 @@ def test_time_grows_with_the_kinds_of_layers_and_not_with_devices() -> None:
     few, many = (plan(asked(model("llama-3-70b"), count, objective="throughput")) for count in (8, 16384))
     assert few.tensor == many.tensor and many.devices == 16384
     assert many.searched < 10
+
+
+def test_every_rank_of_thousands_would_load_the_slices_of_its_plan() -> None:
+    """Without a process: what `models.share` says of each rank of a replica is held against the plan, weight by weight."""
+    scheme = parse_scheme(INT4, None, None, "f")
+    question = replace(asked(model("llama-3-70b", INT4), 16384, Workload()), served=True)
+    found = plan(question)
+    placement = placed_config(found, GEOMETRIES["llama-3-70b"], "llama-3-70b", scheme)
+    assert placement.data * placement.ranks + found.idle == 16384 and placement.ranks > 100
+    wide = replace(question, mesh=Mesh((8,) * 2), pipeline=2, tensor=8)
+    two = plan(wide)
+    ways = [replace(cut, slices=cut.slices[::-1]) if cut.module.endswith("up_proj") else cut for cut in two.cuts]
+    with pytest.raises(InputError, match="rank 0 of layer 0: down reads|rank 0 of stage 0 has rows"):
+        placed_config(replace(two, cuts=tuple(ways)), GEOMETRIES["llama-3-70b"], "llama-3-70b", scheme)
 
 
 def test_layers_that_all_differ_are_planned_too() -> None:
