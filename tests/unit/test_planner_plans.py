@@ -272,7 +272,7 @@ def test_time_grows_with_the_kinds_of_layers_and_not_with_devices() -> None:
 
 
 def test_every_rank_of_thousands_would_load_the_slices_of_its_plan() -> None:
-    """Without a process: what `models.share` says of each rank of a replica is held against the plan, weight by weight."""
+    """Without a process: what `models.share` says of each rank of a replica is held against the plan."""
     scheme = parse_scheme(INT4, None, None, "f")
     question = replace(asked(model("llama-3-70b", INT4), 16384, Workload()), served=True)
     found = plan(question)
@@ -281,7 +281,7 @@ def test_every_rank_of_thousands_would_load_the_slices_of_its_plan() -> None:
     wide = replace(question, mesh=Mesh((8,) * 2), pipeline=2, tensor=8)
     two = plan(wide)
     ways = [replace(cut, slices=cut.slices[::-1]) if cut.module.endswith("up_proj") else cut for cut in two.cuts]
-    with pytest.raises(InputError, match="rank 0 of layer 0: down reads|rank 0 of stage 0 has rows"):
+    with pytest.raises(InputError, match="rank 0 of layer 0: down reads"):
         placed_config(replace(two, cuts=tuple(ways)), GEOMETRIES["llama-3-70b"], "llama-3-70b", scheme)
 
 
