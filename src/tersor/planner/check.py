@@ -229,13 +229,14 @@ def _check_inner(plan: Plan, model: Model) -> None:
         if kind.down is None:
             continue
         for layer in kind.layers:
-            ups = cuts[kind.start + kind.gate_up[0].module, layer].slices
             downs = cuts[kind.start + kind.down.module, layer].slices
-            for rank, (up, down) in enumerate(zip(ups, downs, strict=True)):
-                if up.rows is not None and down.columns is not None and up.rows[0] != down.columns:
-                    raise InputError(
-                        f"rank {rank} of layer {layer}: down reads {down.columns}, and up gives {up.rows[0]}"
-                    )
+            for weight in kind.gate_up:
+                ups = cuts[kind.start + weight.module, layer].slices
+                for rank, (up, down) in enumerate(zip(ups, downs, strict=True)):
+                    if up.rows is not None and down.columns is not None and up.rows[0] != down.columns:
+                        raise InputError(
+                            f"rank {rank} of layer {layer}: down reads {down.columns}, and up gives {up.rows[0]}"
+                        )
 
 
 def _check_heads(one: Chosen, kind: Kind, cuts: dict[tuple[str, int], Cut]) -> None:
