@@ -86,7 +86,7 @@ def told(plan: Plan) -> Iterator[Told]:
     words = "least bound of all ways to deal out the GPUs: what was found for each, or bytes in even shares"
     yield Told("bound", "total", f"{plan.bound:.6g} s", words)
     yield Told("gap", "total", f"{100 * plan.gap:.3f} %", "1 less the bound over what was searched for")
-    yield Told("searched", "total", f"{plan.searched:.3f} s", f"clock of the machine that planned, {plan.method}")
+    yield Told("searched", "total", f"{plan.searched:.2f} s", f"clock of the machine that planned, {plan.method}")
     for name, rivals in (("other", plan.rivals), ("rule", plan.rules)):
         for rival in rivals:
             if rival.seconds is not None and rival.rate is not None:
