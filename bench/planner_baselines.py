@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,7 +40,6 @@ ENGINE = "engine"
 ALL = rules.Rule("all TP", lambda mesh: [max(mesh.nodes)], lambda setting: rules.MEGATRON)
 """Megatron's cuts over all GPUs of a node, whether fewer could hold the model or not."""
 RULES = (ALL.name, "redco", "model's own", "all tensor", "bytes only")
-_MARKS = "<!-- baselines -->", "<!-- end -->"
 
 
 def asked(name: str, format: str, devices: int) -> Asked:
@@ -95,9 +93,7 @@ def _beside(found: dict[str, Any] | None, best: float) -> str:
 
 def page(text: str, result: dict[str, Any]) -> str:
     """Return a page with the table of a result between its marks."""
-    first, last = map(re.escape, _MARKS)
-    made = f"{_MARKS[0]}\n\n{table(result)}\n\n{_MARKS[1]}"
-    return re.sub(rf"{first}.*?{last}", lambda _: made, text, count=1, flags=re.DOTALL)
+    return results_file.marked(text, "baselines", table(result))
 
 
 def main() -> None:

@@ -1,17 +1,20 @@
 """How well are decode steps predicted that were measured on one H200? The planner's costs against `latency_h200*.json`.
 
-`python bench/planner_costs.py` prints a line for every measured step and the mean error of every model. Constants of
+`python bench/planner_costs.py` prints a line for every measured step and the mean error of every model; with `--write`
+it makes the table of docs/planning.md of them instead. Constants of
 `tersor.planner.cost` are fitted to the rows of Llama-3-8B with keys and values in 16 bits and of OPT-30B in FP6; those
 of Llama-2-70B, of e4m3 keys and values, of 16-bit weights and of experts are predicted.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import results_file
 import torch
 
 from tersor.checkpoint.config import parse_scheme
@@ -25,6 +28,7 @@ from tersor.planner.mesh import Mesh
 from tersor.planner.parts import Workload
 
 RESULTS = Path(__file__).parent / "results"
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "planning.md"
 
 
 def steps() -> Iterator[tuple[str, dict[str, Any], float]]:
@@ -52,8 +56,38 @@ def predicted(row: dict[str, Any], found: dict[str, Any], chip: Any) -> float:
     return plan(asked).passes["decode"]
 
 
+def table(found: Sequence[tuple[str, dict[str, Any], float]]) -> str:
+    """Return the table of measured steps: how far off the predictions of each model and length of text are, by rows."""
+    lines = [
+        "| model, weights | keys, values | tokens | rows: measured ms, error of the predicted | mean error |",
+        "|---|---|---|---|---|",
+    ]
+    groups: dict[tuple[str, ...], list[tuple[dict[str, Any], float]]] = {}
+    for name, row, milliseconds in found:
+        kv = "fp8" if row["kv_dtype"] == "fp8" else "16 bits"
+        key = name, f"{row['name']} {row['format']}", kv, str(row["context"])
+        groups.setdefault(key, []).append((row, milliseconds / row["milliseconds"] - 1))
+    for (_, *words), own in groups.items():
+        cells = [f"{row['batch']}: {row['milliseconds']:.2f} {100 * error:+.1f} %" for row, error in own]
+        mean = 100 * sum(abs(error) for _, error in own) / len(own)
+        lines.append(f"| {' | '.join(words)} | {', '.join(cells)} | {mean:.1f} % |")
+    every = [abs(error) for own in groups.values() for _, error in own]
+    lines.append(f"| all | | | {len(every)} steps | {100 * sum(every) / len(every):.1f} % |")
+    return "\n".join(lines)
+
+
+def page(text: str, found: Sequence[tuple[str, dict[str, Any], float]]) -> str:
+    """Return a page with that table between its marks."""
+    return results_file.marked(text, "measured", table(found))
+
+
 def main() -> None:
-    """Print all rows, and the mean error of every model."""
+    """Print all rows, and the mean error of every model; or write the page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", action="store_true", help="make the table of docs/planning.md of the results")
+    if parser.parse_args().write:
+        PAGE.write_text(page(PAGE.read_text(encoding="utf-8"), list(steps())), encoding="utf-8")
+        return
     errors: dict[str, list[float]] = {}
     print("file | model | format | kv | rows | context | measured ms | predicted ms | error")
     for name, row, milliseconds in steps():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,3 +16,9 @@ def write(name: str, result: dict[str, Any]) -> Path:
     path = RESULTS / f"{name}.json"
     report.write(path, report.text({"environment": report.environment(), **result}))
     return path
+
+
+def marked(text: str, name: str, table: str) -> str:
+    """Return a page with a table between `<!-- NAME -->` and the next `<!-- end -->`, in place of what is there."""
+    made = f"<!-- {name} -->\n\n{table}\n\n<!-- end -->"
+    return re.sub(rf"<!-- {re.escape(name)} -->.*?<!-- end -->", lambda _: made, text, count=1, flags=re.DOTALL)

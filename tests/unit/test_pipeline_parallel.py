@@ -9,6 +9,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -70,6 +71,27 @@ def test_four_processes_in_stages_of_expert_groups_answer_as_one_and_name_who_di
     finally:
         model.close()
     assert not multiprocessing.active_children()
+
+
+def test_a_rank_that_cannot_reach_the_others_says_so_in_a_line() -> None:
+    verb = ["generate", str(tiny_lm.TINY), "--prompt", "a", "--pipeline-parallel", "2", "--device", "cpu"]
+    code = (
+        "from datetime import timedelta; from tersor.engine import workers; from tersor.cli.main import run; "
+        f"workers._REACHED = timedelta(seconds=2); raise SystemExit(run({verb!r}))"
+    )
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # nobody listens there
+        started = {
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.getsockname()[1]), "TORCHELASTIC_RUN_ID": "none",
+            "RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2",
+            "PYTHONPATH": str(Path(tersor.__file__).resolve().parents[1]),
+        }  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **started}, timeout=120
+        )
+    assert done.returncode == 1 and not done.stdout
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("tersor: the processes of torchrun do not reach each other: ") and "127.0.0.1" in last
 
 
 def test_processes_of_torchrun_take_the_places_of_a_file_and_the_first_answers(path: Path, tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ def test_the_page_is_whole_and_asks_nobody_for_anything(
 def test_a_plan_made_just_now_has_the_same_page(plans: dict[tuple[str, ...], Path], tmp_path: Path) -> None:
     target = tmp_path / "page.html"
     assert run(["plan", *DENSE, "--html", str(target)]) == 0
-    seconds = re.compile(r"(?:, |in )\d+\.\d\d s\b")
+    seconds = re.compile(r"(?:, |in |>)\d+\.\d\d s\b")
     assert seconds.sub("", target.read_text(encoding="utf-8")) == seconds.sub("", page(read(plans[DENSE]), PRICES))
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tersor.checkpoint.config import parse_scheme
@@ -24,7 +25,8 @@ from tersor.planner.made import Made, Pool, Unfit, make
 from tersor.planner.mesh import Axes, Mesh
 from tersor.planner.parts import Model, Workload
 from tersor.planner.plan import Plan
-from tersor.planner.search import random
+from tersor.planner.problem import Problem
+from tersor.planner.search import fast, random
 from tersor.planner.searches import search_named
 
 CHIP = chip_named("h200")
@@ -86,6 +88,29 @@ def test_every_way_to_deal_out_a_mesh_costs_the_same_when_its_ranks_are_walked()
             check(assembled(question, found, 0.0, 0.0, (), ()), question.model, KERNELS, LINKS)
             seen += 1
     assert seen > 10
+
+
+def test_pages_of_rows_that_are_dealt_out_are_each_on_one_rank() -> None:
+    work = Workload(batch=26, context=4096, prompt=200)
+    question = asked("mixtral-8x7b", None, "1x4", workload=work, data=1, pipeline=1, tensor=4)
+    for parts in (1, 3):
+        pool = Pool(lambda problem: fast(by(problem, "attention", "batch")))
+        found = make(question.setting(Axes(question.mesh, 1, 1, 4)), parts, pool)
+        assert isinstance(found, Made)
+        made = assembled(question, found, 0.0, 0.0, (), ())
+        check(made, question.model, KERNELS, LINKS)
+        (kind,) = question.model.kinds
+        rows = {1: 7, 3: 9}[parts]  # micro-batches of nine rows are three for each rank, and there are three of them
+        assert {one.kv for one in made.stages[0].memory} == {32 * work.pages_bytes(kind.kv_heads, kind.head_dim, rows)}
+
+
+def by(problem: Problem, name: str, way: str) -> Problem:
+    """The problem in which a block of all layers has one way."""
+    blocks = [
+        replace(one, seconds=np.where(np.array(one.options) == way, one.seconds, np.inf)) if name in one.name else one
+        for one in problem.blocks
+    ]
+    return replace(problem, blocks=tuple(blocks))
 
 
 @pytest.mark.parametrize("tensor", [2, 3, 4, 8])
@@ -185,8 +210,13 @@ def _lost_head(raw: dict[str, Any]) -> None:
 
 
 def _unread(raw: dict[str, Any]) -> None:
-    one = chosen_of(raw, "attention")
-    one.update(way="replicate", reads="R", gives="R")
+    for one in raw["chosen"]:
+        if one["block"] == "attention":
+            one.update(way="replicate", reads="R", gives="R")
+
+
+def _two_places(raw: dict[str, Any]) -> None:
+    chosen_of(raw, "attention").update(way="batch", reads="S", gives="S")
 
 
 def _uncut(raw: dict[str, Any]) -> None:
@@ -241,6 +271,7 @@ def _head(raw: dict[str, Any]) -> None:
         (_heads, "rank 0 of layers.0-79 has heads 0 to 17, and out reads"),
         (_lost_head, "the model has 0 to 64, each once"),
         (_unread, "by the plan, and .* by its ranks"),
+        (_two_places, "pages have one place, and attention is by batch of layers.0-79, head of layers.0-79"),
         (
             _uncut,
             "out of layers.0-79 is row in decode, and model.layers.{layer}.self_attn.o_proj has no columns of its own",

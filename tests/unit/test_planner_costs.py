@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -19,15 +21,31 @@ FP6 = parse_scheme("fp6_e3m2", None, None, "format")
 
 
 @pytest.fixture(scope="module")
-def errors() -> dict[str, list[float]]:
-    """Model and format -> by how much of it each predicted step differs from the measured one."""
+def script() -> Iterator[ModuleType]:
+    """bench/planner_costs.py."""
+    sys.path.insert(0, str(BENCH.parent))
     spec = importlib.util.spec_from_file_location("planner_costs", BENCH)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules["planner_costs"] = module
     spec.loader.exec_module(module)
+    yield module
+    sys.path.remove(str(BENCH.parent))
+    for name in ("planner_costs", "results_file"):
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture(scope="module")
+def steps(script: ModuleType) -> list[tuple[str, dict[str, Any], float]]:
+    """Every measured step with what is predicted of it."""
+    return list(script.steps())
+
+
+@pytest.fixture(scope="module")
+def errors(steps: list[tuple[str, dict[str, Any], float]]) -> dict[str, list[float]]:
+    """Model and format -> by how much of it each predicted step differs from the measured one."""
     found: dict[str, list[float]] = {}
-    for _, row, milliseconds in module.steps():
+    for _, row, milliseconds in steps:
         found.setdefault(f"{row['name']} {row['format']}", []).append(milliseconds / row["milliseconds"] - 1)
     return found
 
@@ -38,6 +56,19 @@ def test_decode_steps_of_8b_and_70b_are_predicted(errors: dict[str, list[float]]
     assert len(own) >= 4
     assert sum(own) / len(own) < 0.04  # asked for are 10 %
     assert max(own) < 0.06
+
+
+def test_the_table_of_the_page_has_every_step_that_was_measured(
+    script: ModuleType, steps: list[tuple[str, dict[str, Any], float]]
+) -> None:
+    text = script.PAGE.read_text(encoding="utf-8")
+    assert script.page(text, steps) == text, "make it again: python bench/planner_costs.py --write"
+    assert {(row["name"], row["context"]) for _, row, _ in steps} >= {
+        ("llama-3-8b", 512), ("llama-3-8b", 2048), ("llama-2-70b", 512),
+    }  # fmt: skip
+    assert f"| {len(steps)} steps |" in text
+    mean = sum(abs(one / row["milliseconds"] - 1) for _, row, one in steps) / len(steps)
+    assert f"{100 * mean:.1f} %" in text and mean < 0.1
 
 
 def test_so_are_those_that_nothing_was_fitted_to(errors: dict[str, list[float]]) -> None:

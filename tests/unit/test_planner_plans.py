@@ -13,6 +13,7 @@ from tersor.errors import InputError
 from tersor.hardware import chip_named
 from tersor.models.geometries import GEOMETRIES
 from tersor.models.parts import model_of, of_config
+from tersor.models.planned import placed_config
 from tersor.planner import links
 from tersor.planner.asked import Asked
 from tersor.planner.choose import least_seconds, notes, plan
@@ -129,6 +130,21 @@ def test_keys_and_values_are_repeated_where_ranks_are_more_than_their_heads() ->
     assert ways(eight)["attention"] == "head"
 
 
+def test_rows_are_dealt_out_where_ranks_are_many_more_than_heads_of_keys_and_texts_are_long() -> None:
+    """Attention by rows reads each page once; heads that two ranks have are read twice. The engine has heads alone."""
+    work = Workload(batch=256, context=8192, prompt=512)
+    question = replace(asked(model("qwen3-30b-a3b"), 8, work), data=1, tensor=8)
+    free, own = plan(question), plan(replace(question, served=True))
+    short = plan(replace(question, workload=Workload(batch=8, context=512, prompt=64)))
+    assert [{one.way for one in found.chosen if one.block == "attention"} for found in (free, own, short)] == [
+        {"batch"},
+        {"head"},
+        {"head"},
+    ]
+    assert free.stages[0].memory[0].kv < own.stages[0].memory[0].kv and free.step < own.step
+    assert free.notes[-1].startswith("the engine does not run this plan")
+
+
 def test_231_groups_are_cut_into_116_and_115() -> None:
     found = plan(asked(model("qwen2.5-72b", INT4), 2))
     assert found.tensor == 2
@@ -237,7 +253,13 @@ def test_every_part_of_the_time_has_a_source_and_parts_are_the_whole() -> None:
     assert {one.kind for one in explain(found, "sums")} == {"sums"}
     sizes = {one.name: one for one in explain(found, "memory")}
     assert sizes["memory.stage 0.weights"].value == f"{found.stages[0].memory[0].weights / 1e9:.3f} GB"
-    assert all(one.source for one in explain(found, ""))
+    every = {one.name: one for one in explain(found, "")}
+    assert all(one.source for one in every.values())
+    asked_for = [f"weights.{cut.module}" for cut in found.cuts] + [f"other.{one.name}" for one in found.rivals]
+    asked_for += [f"rule.{one.name}" for one in found.rules if one.seconds is not None] + ["gap", "rate", "searched"]
+    asked_for += [f"{name} {what}" for name in found.passes for what in ("pass", "apart", "stage 0")]
+    assert set(asked_for) - set(every) <= {f"other.{one.name}" for one in found.rivals if one.seconds is None}
+    assert every["decode stage 0"].value == f"{found.stages[0].seconds['decode'] * 1e3:.3f} ms"
     assert "prefill" in explain(found, "step")[0].source
     with pytest.raises(InputError, match=r"the plan has no part 'nothing': it has decode\.embedding, "):
         explain(found, "nothing")
@@ -247,6 +269,20 @@ def test_time_grows_with_the_kinds_of_layers_and_not_with_devices() -> None:
     few, many = (plan(asked(model("llama-3-70b"), count, objective="throughput")) for count in (8, 16384))
     assert few.tensor == many.tensor and many.devices == 16384
     assert many.searched < 10
+
+
+def test_every_rank_of_thousands_would_load_the_slices_of_its_plan() -> None:
+    """Without a process: what `models.share` says of each rank of a replica is held against the plan."""
+    scheme = parse_scheme(INT4, None, None, "f")
+    question = replace(asked(model("llama-3-70b", INT4), 16384, Workload()), served=True)
+    found = plan(question)
+    placement = placed_config(found, GEOMETRIES["llama-3-70b"], "llama-3-70b", scheme)
+    assert placement.data * placement.ranks + found.idle == 16384 and placement.ranks > 100
+    wide = replace(question, mesh=Mesh((8,) * 2), pipeline=2, tensor=8)
+    two = plan(wide)
+    ways = [replace(cut, slices=cut.slices[::-1]) if cut.module.endswith("up_proj") else cut for cut in two.cuts]
+    with pytest.raises(InputError, match="rank 0 of layer 0: down reads"):
+        placed_config(replace(two, cuts=tuple(ways)), GEOMETRIES["llama-3-70b"], "llama-3-70b", scheme)
 
 
 def test_layers_that_all_differ_are_planned_too() -> None:

@@ -8,6 +8,9 @@ import pytest
 from helpers.fake_steps import Loop, add, prompt_of, scheduler, solo
 
 from tersor.engine.request import Request, Step
+from tersor.planner.parts import Workload
+from tersor.planner.served import under_way
+from tersor.planner.ways import DECODE, Phase
 
 
 def loop_of(stages: int, **limits: int) -> Loop:
@@ -26,6 +29,8 @@ def test_who_decodes_is_in_every_pth_step_and_each_step_has_a_pth(stages: int) -
     decoding = [step for step in loop.steps if step.decodes]
     full = decoding[: 8 * stages]
     assert [len(step.rows) for step in full] == [3] * len(full)  # the burst of prompts is dealt out at once
+    counted = Phase.of(DECODE, Workload(batch=3 * stages), under_way(stages, 3 * stages, (DECODE,)))
+    assert counted.tokens == 3  # which is what a plan counts with
     for one, other in zip(full, full[stages:], strict=False):
         assert rows(one) == rows(other)
     for request in requests:

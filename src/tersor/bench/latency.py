@@ -7,20 +7,29 @@ import time
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
 from tersor.bench import report
+from tersor.engine import ahead
+from tersor.engine.build import sampler_of
+from tersor.engine.config import EngineConfig
+from tersor.engine.offloading import offload_of
 from tersor.engine.options import resolved
 from tersor.engine.params import SamplingParams
 from tersor.engine.request import Request, Row, Step
 from tersor.engine.runner import Runner
-from tersor.engine.workers import Team
-from tersor.models import Decoder
+from tersor.engine.workers import Seat, Team
+from tersor.formats import Scheme
+from tersor.models import Decoder, DecoderConfig
+from tersor.models.geometries import geometry
+from tersor.models.kernels import Steps
 from tersor.models.mixture import Mixture
+from tersor.models.random import random_decoder
 from tersor.models.weights import tensors_of
+from tersor.one_prompt import page_bytes
 from tersor.ops.attention_form import PAGE, AttentionForm, PagedCache
 
 KIND = "tersor bench latency"
@@ -159,6 +168,68 @@ def fill(caches: Sequence[PagedCache]) -> None:
             part.copy_(torch.randn(part.shape, device=part.device))
         if cache.scales is not None:
             cache.scales.fill_(1.0)
+
+
+def runner_of(
+    seat: Seat,
+    config: EngineConfig,
+    model: str | DecoderConfig,
+    scheme: Scheme | None,
+    dtype: torch.dtype,
+    batches: Sequence[int],
+    contexts: Sequence[int],
+    *,
+    cuda_graph: bool,
+    told: Callable[[str], None] = lambda line: None,
+    **weights: Any,
+) -> Runner:
+    """Return a runner of random weights with pages for the most rows of the longest texts; all ranks do so at once.
+
+    Args:
+        seat: of this rank.
+        config: of the engine; rows and pages are those of the steps.
+        model, scheme, dtype: of the weights and activations.
+        batches, contexts: rows of steps, and tokens of their texts.
+        cuda_graph: whether steps of these rows are captured.
+        told: of what is offloaded.
+        weights: what else `random_decoder` is told.
+    """
+    shape, most, length = geometry(model) if isinstance(model, str) else model, max(batches), max(contexts)
+    pages = pages_for(batches, contexts)
+    needed = replace(
+        config, max_rows=most, max_step_tokens=most, kv_bytes=pages * page_bytes(shape, config.pages_dtype or dtype)
+    )
+    away = offload_of(needed, shape, dtype, seat.device)
+    decoder = random_decoder(
+        model,
+        scheme,
+        seat.device,
+        dtype,
+        context=length,
+        offload=None if away is None else replace(away, told=told),
+        ranks=seat.ranks,
+        place=seat.place,
+        **weights,
+    )
+    runner = Runner(
+        decoder,
+        sampler_of(decoder, most, length, seat.ranks, seat.stages),
+        max_rows=most,
+        max_length=length,
+        kv_dtype=config.pages_dtype,
+        ranks=seat.ranks,
+        line=seat.line,
+        stages=seat.stages,
+    )
+    draws = seat.ranks.first and seat.stages.last
+    whole = -(-length // PAGE) * PAGE
+    ahead.compile_for(
+        decoder, Steps(tokens=most, rows=most, queries=1, length=whole, pages=config.pages_dtype, draws=draws)
+    )
+    runner.allocate(pages)
+    if cuda_graph:
+        runner.capture(batches)
+    return runner
 
 
 def let_go(runner: Runner, team: Team) -> None:

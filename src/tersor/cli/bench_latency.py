@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -119,14 +118,7 @@ def command(
     import torch
 
     from tersor.bench import timing
-    from tersor.engine import ahead, workers
-    from tersor.engine.build import sampler_of
-    from tersor.engine.offloading import offload_of
-    from tersor.engine.runner import Runner
-    from tersor.models.kernels import Steps
-    from tersor.models.random import random_decoder
-    from tersor.one_prompt import page_bytes
-    from tersor.ops.attention_form import PAGE
+    from tersor.engine import workers
 
     facts: dict[str, Any] = {"dtype": dtype, "kv_dtype": kv_dtype, "activations": activations, "read_bandwidth": None}
     team = workers.Team(workers.Seat(torch.device("cuda")))
@@ -167,49 +159,26 @@ def command(
     with console.progress("timing") as move:
         for name in names:
             for (label, scheme), part in itertools.product(kinds, parts):
-                model, most = geometries.geometry(name), max(batches)
-                kv_bytes = latency.pages_for(batches, contexts) * page_bytes(model, pages.pages_dtype or kernel_dtype)
-                needed = replace(pages, max_rows=most, max_step_tokens=most, kv_bytes=kv_bytes)
-                away = offload_of(needed, model, kernel_dtype, seat.device)
-                decoder = random_decoder(
+                runner = latency.runner_of(
+                    seat,
+                    pages,
                     name,
                     scheme,
-                    seat.device,
                     kernel_dtype,
+                    batches,
+                    contexts,
+                    cuda_graph=cuda_graph == "on",
+                    told=_told,
                     head=scheme if head_format is None else head,
                     sparsity=part,
                     activations=activations,
-                    context=max(contexts),
-                    offload=None if away is None else replace(away, told=_told),
-                    ranks=seat.ranks,
-                    place=seat.place,
                 )
-                length = -(-max(contexts) // PAGE) * PAGE
-                sampler = sampler_of(decoder, most, max(contexts), seat.ranks, seat.stages)
-                runner = Runner(
-                    decoder,
-                    sampler,
-                    max_rows=most,
-                    max_length=max(contexts),
-                    kv_dtype=pages.pages_dtype,
-                    ranks=seat.ranks,
-                    line=seat.line,
-                    stages=seat.stages,
-                )
-                draws = seat.ranks.first and seat.stages.last
-                ahead.compile_for(
-                    decoder,
-                    Steps(tokens=most, rows=most, queries=1, length=length, pages=pages.pages_dtype, draws=draws),
-                )
-                runner.allocate(latency.pages_for(batches, contexts))
-                if cuda_graph == "on":
-                    runner.capture(batches)
                 shown = label if part is None else f"{label}:s{100 * part:g}"
                 shown = shown if head_format in (None, label) else f"{shown}/{head_format}"
                 if team.first:
                     ours += latency.measure(runner, name, shown, batches, contexts, steps, move)
                 latency.let_go(runner, team)
-                del decoder, sampler, runner
+                del runner
                 torch.cuda.empty_cache()
                 write()
     seat.leave()
@@ -227,11 +196,15 @@ def placement_of(
     """
     if plan is not None and (len(names) > 1 or len(formats) > 1 or head_format not in (None, formats[0])):
         raise InputError("--plan is of one model, all of whose linears have one format: time that alone")
-    return planned.of_geometry(names[0], formats[0], given, plan)
+    if plan is None:
+        return given
+    from tersor.models import geometries
+
+    return planned.of_config(geometries.config_json(names[0]), names[0], formats[0], given, plan)
 
 
-def check_ranks(config: EngineConfig, names: Sequence[str], against: str | None) -> None:
-    """Hold that a model of several ranks is one that all processes of torchrun make.
+def check_ranks(config: EngineConfig, names: Sequence[str], against: str | None, verb: str = "latency") -> None:
+    """Hold that a model of several ranks is one that all processes of torchrun make; `verb` is of `tersor bench`.
 
     Raises:
         InputError: it is not.
@@ -242,7 +215,7 @@ def check_ranks(config: EngineConfig, names: Sequence[str], against: str | None)
 
     if not by_torchrun(config):
         raise InputError(
-            f"{config.ranks_said}: start them all, torchrun --nproc-per-node {config.ranks} -m tersor bench latency"
+            f"{config.ranks_said}: start them all, torchrun --nproc-per-node {config.ranks} -m tersor bench {verb}"
         )
     if len(names) > 1 or against is not None:
         raise InputError(f"{config.ranks_said}: one model at a time is timed, and no rival")

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tersor.cli import bench, console, options
-from tersor.cli.bench_latency import FORMAT, MODEL, PLAIN
+from tersor.cli import bench, console, options, planned
+from tersor.cli.bench_latency import FORMAT, MODEL, PLAIN, check_ranks
 from tersor.engine.config import MANY_ROWS, EngineConfig
 from tersor.errors import InputError
 
@@ -19,8 +19,12 @@ if TYPE_CHECKING:
 
     from tersor.bench.roofline import Speeds
     from tersor.bench.throughput import Skipped, Throughput
+    from tersor.engine.limits import Limits
+    from tersor.engine.runner import Runner
+    from tersor.engine.workers import Seat, Team
     from tersor.formats import Activations
     from tersor.models.config import DecoderConfig
+    from tersor.planner.placement import Placement
 
 WORKLOAD = "micro-small"
 _ENGINE = EngineConfig()
@@ -50,6 +54,11 @@ def command(
     max_step_tokens: options.MaxStepTokens = _ENGINE.max_step_tokens,
     memory: options.Memory = _ENGINE.memory,
     kv_bytes: options.KvBytes = _ENGINE.kv_bytes,
+    tensor_parallel: options.TensorParallel = _ENGINE.tensor_parallel,
+    pipeline_parallel: options.PipelineParallel = _ENGINE.pipeline_parallel,
+    expert_parallel: options.ExpertParallel = _ENGINE.expert_parallel,
+    placement: options.Placed = None,
+    plan: options.Planned = None,
     against: options.AgainstVllm = None,
     taken: Annotated[
         Path | None, typer.Option("--from", metavar="FILE", help="Run nothing: show what --output wrote.")
@@ -83,7 +92,12 @@ def command(
         max_step_tokens=max_step_tokens,
         memory=memory,
         kv_bytes=kv_bytes,
+        tensor_parallel=tensor_parallel,
+        pipeline_parallel=pipeline_parallel,
+        expert_parallel=expert_parallel,
+        placement=_placement(model, format, head_format, placement, plan),
     )
+    check_ranks(config, [model], against, "throughput")
     if plot is not None:
         plots.check_plot(plot)
     if output is not None:
@@ -118,8 +132,10 @@ def command(
     def found() -> dict[str, Any]:
         return throughput.result([*ours, *theirs], rivals.versions(named), **facts)
 
+    team = _team(config, where, len(geometry.layers))
+
     def write() -> None:
-        if output is not None:
+        if output is not None and team.first:
             report.write(output, report.text(found()))
 
     with console.progress("answering by vllm") as move:  # first, while the GPU's memory is free
@@ -129,11 +145,17 @@ def command(
             theirs.append(row)
             move(len(theirs), len(variants) * len(asked) * len(unplanned))
             write()
-    speeds = _speeds(where, Activations.NATIVE if scheme is None else multiplied)
+    alone = config.ranks == 1  # bytes of a rank are not those of a model
+    speeds = _speeds(where, Activations.NATIVE if scheme is None else multiplied) if alone else None
     rooflines: dict[str, Any] = {}
     facts |= {"speeds": None if speeds is None else asdict(speeds), "rooflines": rooflines}
+    runner, limits = _engine(geometry, scheme, head, config, team.seat, context)
+    team.before_end(runner.release)
+    if not team.first:
+        runner.follow()
+        team.close()
+        return
     with console.progress("answering") as move:
-        runner, limits = _engine(geometry, scheme, head, config, where, context)
         for load in asked:
             seconds = None
             if speeds is not None:
@@ -144,7 +166,30 @@ def command(
                 move(len(ours), len(asked) * len(orders))
                 ours.append(throughput.measure(runner, limits, load, each, model, shown, seconds))
                 write()
+    team.close()
     bench.give(found(), show, plot_throughput.plot, json=json, plot=plot, output=output)
+
+
+def _placement(
+    model: str, format: str, head_format: str | None, given: str | None, plan: Path | None
+) -> str | Placement | None:
+    """Return what the model is placed by.
+
+    Raises:
+        InputError: a plan of another model or format, or that the engine does not run.
+    """
+    if plan is not None and head_format not in (None, format):
+        raise InputError("--plan is of a model all of whose linears have one format: leave out --head-format")
+    return given if plan is None else planned.of_config(_described(model), Path(model).name, format, given, plan)
+
+
+def _team(config: EngineConfig, where: torch.device, layers: int) -> Team:
+    """Return the ranks of the model, which torchrun started; one alone is this process."""
+    from tersor.engine import workers
+
+    if config.ranks == 1:
+        return workers.Team(workers.Seat(where))
+    return workers.joined(config, config.placed(layers), where)
 
 
 def _sizes(given: list[str]) -> dict[str, Any]:
@@ -214,17 +259,16 @@ def _speeds(where: torch.device, activations: Activations) -> Speeds | None:
 
 
 def _engine(
-    geometry: DecoderConfig, scheme: Any, head: Any, config: EngineConfig, where: torch.device, context: int
-) -> Any:
+    geometry: DecoderConfig, scheme: Any, head: Any, config: EngineConfig, seat: Seat, context: int
+) -> tuple[Runner, Limits]:
     """Return a runner with random weights and pages for the longest text, and the limits of its engine."""
     from tersor.engine import ahead
+    from tersor.engine.build import ready
     from tersor.engine.limits import Limits
-    from tersor.engine.memory import make_pages, rows_of
-    from tersor.engine.runner import Runner
-    from tersor.engine.sampler import Sampler
     from tersor.models.random import random_decoder
     from tersor.ops.attention_form import PAGE
 
+    where = seat.device
     if where.type == "cpu":
         console.choose_threads(8 * geometry.hidden * (geometry.vocabulary + geometry.ffn * len(geometry.layers)), where)
     decoder = random_decoder(
@@ -235,19 +279,20 @@ def _engine(
         head=head,
         activations=config.activations,
         context=context,
+        ranks=seat.ranks,
+        place=seat.place,
     )
     ahead.compile_for(decoder, ahead.steps_of(config, context))
-    rows = rows_of(config, decoder)
-    sampler = Sampler(rows + 1, geometry.vocabulary, where, most_length=context)
-    runner = Runner(decoder, sampler, max_rows=rows, max_length=context, kv_dtype=config.pages_dtype)
+    built = ready(decoder, replace(config, max_length=context), seat.ranks, seat.line, seat.stages)
     limits = Limits(
-        pages=make_pages(runner, config),
+        pages=built.pages,
         page_size=PAGE,
-        max_rows=rows,
+        max_rows=built.runner.max_rows,
         max_step_tokens=config.max_step_tokens,
-        context=context,
+        context=built.context,
+        stages=seat.stages.count,
     )
-    return runner, limits
+    return built.runner, limits
 
 
 def show(result: dict[str, Any], json: bool) -> None:

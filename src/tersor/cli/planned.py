@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tersor.errors import InputError
 
@@ -34,18 +35,19 @@ def placement(model: str, revision: str | None, given: str | None, plan: Path | 
         return placed(found, source)
 
 
-def of_geometry(name: str, scheme: str, given: str | None, plan: Path | None) -> str | Placement | None:
-    """Return the same for a model of random weights, of a well-known geometry and in one scheme; errors as there."""
+def of_config(
+    raw: Mapping[str, Any], name: str, scheme: str, given: str | None, plan: Path | None
+) -> str | Placement | None:
+    """Return the same for a model of random weights, by its config.json, name and one scheme; errors as there."""
     if plan is None:
         return given
     _one_of_two(given)
     from tersor.checkpoint.config import parse_scheme
-    from tersor.models.planned import placed_geometry
+    from tersor.models.planned import placed_config
     from tersor.planner.plan import read
 
-    return placed_geometry(
-        read(plan), name, None if scheme == "16bit" else parse_scheme(scheme, None, None, "--format")
-    )
+    form = None if scheme == "16bit" else parse_scheme(scheme, None, None, "--format")
+    return placed_config(read(plan), raw, name, form)
 
 
 def _one_of_two(given: str | None) -> None:

@@ -1,4 +1,4 @@
-"""`tersor run PLAN VERB ...`: serve, batch, generate or bench latency by a plan, as `--plan` of that verb."""
+"""`tersor run PLAN VERB ...`: serve, batch, generate or time by a plan, as `--plan` of that verb."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ RUNS = {"serve": 1, "batch": 1, "generate": 1, "bench": 2}
 
 def command(
     plan: Annotated[Path, typer.Argument(metavar="PLAN", help="What tersor plan -o wrote.")],
-    verb: Annotated[str, typer.Argument(metavar="VERB", help="serve, batch, generate, or bench latency.")],
+    verb: Annotated[
+        str, typer.Argument(metavar="VERB", help="serve, batch, generate, bench latency or bench throughput.")
+    ],
     words: Annotated[
         list[str] | None, typer.Argument(metavar="[WORDS]...", help="What the verb takes.", show_default=False)
     ] = None,
 ) -> None:
     """Run a verb by a plan; under torchrun every process is a rank of it."""
     if verb not in RUNS:
-        raise InputError(
-            f"no verb {verb!r} runs a plan{did_you_mean(verb, RUNS)}: serve, batch, generate, bench latency"
-        )
+        known = "serve, batch, generate, bench latency or throughput"
+        raise InputError(f"no verb {verb!r} runs a plan{did_you_mean(verb, RUNS)}: {known}")
     from tersor.cli.main import run
 
     given = [verb, *(words or [])]

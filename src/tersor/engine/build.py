@@ -90,6 +90,22 @@ def build(
             offload=offload,
             place=place,
         )
+    return ready(decoder, config, ranks, line, stages)
+
+
+def ready(
+    decoder: Decoder, config: EngineConfig, ranks: Ranks = ALONE, line: Line | None = None, stages: Stages = ONE
+) -> Built:
+    """Return a rank whose part of the weights is there, with its runner and pages; all ranks do so at once.
+
+    Args:
+        decoder: of the rank.
+        config, ranks, line, stages: as for `build`.
+
+    Raises:
+        UnsupportedError, TersorError: as for `build`.
+    """
+    device = decoder.device
     context = min(config.max_length or decoder.config.context, decoder.config.context)
     rows = rows_of(config, decoder, stages.everyone if stages.count > 1 else ranks)
     runner = Runner(

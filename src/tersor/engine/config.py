@@ -125,7 +125,9 @@ class EngineConfig:
             if getattr(self, name) > 1:
                 raise InputError(f"{name} is {getattr(self, name)}, and a placement says it all: give one of the two")
         if found.data > 1:
-            raise InputError(f"the placement is of {found.data} copies of the model: an engine is one of them")
+            raise InputError(
+                f"the placement is of {found.data} copies of the model: an engine is one of them, tersor batch runs all"
+            )
         object.__setattr__(self, "placement", found)
 
     @property

@@ -37,6 +37,8 @@ from tersor.ops.stages import ONE, Stages
 from tersor.planner.placement import Place, Placement
 
 _HOST = "127.0.0.1"
+_REACHED, _USUAL = timedelta(seconds=60), timedelta(minutes=30)
+"""How long a rank that torchrun started looks for where ranks meet, and waits for others there, which start later."""
 _IDLE = timedelta(days=3650)
 """Ranks wait as long as nobody asks for anything."""
 _GRACE = 10.0
@@ -134,7 +136,18 @@ _JOINED: list[ProcessGroup | None] = []
 
 
 def _join(device: torch.device) -> None:
-    distributed.init_process_group(_backend(device))
+    """Find the other processes of torchrun.
+
+    Raises:
+        TersorError: they cannot be reached.
+    """
+    try:
+        store, rank, count = next(distributed.rendezvous("env://", timeout=_REACHED))
+        store.set_timeout(_USUAL)
+        store = distributed.PrefixStore("default_pg", store)
+        distributed.init_process_group(_backend(device), store=store, rank=rank, world_size=count)
+    except (distributed.DistError, ValueError) as error:
+        raise TersorError(f"the processes of torchrun do not reach each other: {str(error).splitlines()[0]}") from None
     _JOINED.append(distributed.group.WORLD)
 
 

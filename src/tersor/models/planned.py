@@ -7,6 +7,7 @@ them even. Then the part that each rank would load (`models.share`) is held agai
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from tersor.checkpoint.names import Form
 from tersor.checkpoint.source import Source
@@ -14,7 +15,6 @@ from tersor.errors import InputError
 from tersor.formats import Scheme
 from tersor.layouts.shard import Part, Span
 from tersor.models.config import DecoderConfig
-from tersor.models.geometries import GEOMETRIES
 from tersor.models.load import described
 from tersor.models.names import NAMES, Names
 from tersor.models.parts import digest_of, forms_of, of_config, parts_of
@@ -44,13 +44,12 @@ def placed(plan: Plan, source: Source) -> Placement:
     return placement_of(plan, config, names, forms)
 
 
-def placed_geometry(plan: Plan, name: str, scheme: Scheme | None) -> Placement:
-    """Return the same for a model of a well-known name with all linears in one scheme, as `models.parts.of_config` has.
+def placed_config(plan: Plan, raw: Mapping[str, Any], name: str, scheme: Scheme | None) -> Placement:
+    """Return the same for the model of a config.json with all linears in one scheme, as `models.parts.of_config` has.
 
     Raises:
         InputError, ShapeError: as for `placed`.
     """
-    raw = GEOMETRIES[name.lower()]
     model = of_config(raw, name, scheme)
     if plan.digest != model.digest:
         raise InputError(f"the plan is for model {plan.digest} ({plan.model}), and {name} is {model.digest}")

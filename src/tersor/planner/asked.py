@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from tersor.planner import served
 from tersor.planner.cost import Kernels
 from tersor.planner.links import Links
 from tersor.planner.made import LATENCY
@@ -62,7 +63,7 @@ class Asked:
         return not self.served and (self.data, self.pipeline, self.tensor) == (None, None, None)
 
     def candidates(self) -> Iterator[tuple[Axes, int]]:
-        """Yield axes and micro-batches of a decode step."""
+        """Yield axes and micro-batches of a decode step: one, and as many as the engine makes (`served.under_way`)."""
         experts = max((kind.experts.count for kind in self.model.kinds if kind.experts), default=0)
         experts = 0 if self.served else experts  # of several replicas
         for found in factorisations(self.mesh, len(self.model.layers), _MOST_TENSOR, experts):
@@ -70,6 +71,8 @@ class Asked:
             wanted = (self.data, axes.data), (self.pipeline, axes.pipeline), (self.tensor, axes.tensor)
             if any(own not in (None, other) for own, other in wanted) or axes.data % axes.expert:
                 continue
-            yield axes, 1
-            if axes.pipeline > 1 and DECODE in self.workload.phases and self.workload.batch > 1:
-                yield axes, min(axes.pipeline, self.workload.batch)
+            parts = served.under_way(axes.pipeline, self.workload.batch, self.workload.phases)
+            if parts == 1 or not self.served:
+                yield axes, 1
+            if parts > 1:
+                yield axes, parts

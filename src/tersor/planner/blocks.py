@@ -14,6 +14,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from tersor.planner.layer_ways import of_layer
 from tersor.planner.links import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, NOTHING, REDUCE_SCATTER, Exchange
 from tersor.planner.parts import PLAIN_BYTES
 from tersor.planner.problem import Block, Choice, Edge, Problem
@@ -29,7 +30,6 @@ from tersor.planner.ways import (
     embedding,
     head,
     norms,
-    of_layer,
     sample,
 )
 

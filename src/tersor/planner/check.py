@@ -22,7 +22,7 @@ TOLERANCE = 1e-9
 LAYOUTS: dict[str, dict[str, tuple[str, str]]] = {
     "norm": {"replicate": ("R", "R"), "sequence": ("S", "S")},
     "qkv": {"replicate": ("R", "R"), "sequence": ("S", "S"), "column": ("R", "H")},
-    "attention": {"replicate": ("R", "R"), "head": ("H", "H")},
+    "attention": {"replicate": ("R", "R"), "head": ("H", "H"), "batch": ("S", "S")},
     "out": {"replicate": ("R", "R"), "sequence": ("S", "S"), "row": ("H", "P"), "column": ("R", "C")},
     "gate_up": {"replicate": ("R", "R"), "sequence": ("S", "S"), "column": ("R", "I")},
     "down": {"replicate": ("R", "R"), "sequence": ("S", "S"), "row": ("I", "P"), "column": ("R", "C")},
@@ -31,7 +31,8 @@ LAYOUTS: dict[str, dict[str, tuple[str, str]]] = {
     "head": {"replicate": ("R", "R"), "vocabulary": ("R", "V")},
     "sample": {"replicate": ("R", "R")},
 }
-"""Block -> way -> what it reads and gives; the norms are alike, and experts of several replicas read and give S."""
+"""Block -> way -> what it reads and gives; the norms are alike, experts of several replicas read and give S, and
+attention that has rows dealt out reads and gives all of a prompt."""
 
 
 def check(plan: Plan, model: Model, kernels: Kernels, links: Links) -> Walked:
@@ -175,6 +176,10 @@ def _check_layouts(plan: Plan, model: Model) -> None:
                 )
         if order[-1].gives == "P":
             raise InputError(f"the last sum of {phase} is pending")
+    places = {(one.group, one.way) for one in plan.chosen if one.block == "attention"}
+    if len(places) > len(model.kinds):
+        words = ", ".join(f"{way} of {group}" for group, way in sorted(places))
+        raise InputError(f"pages have one place, and attention is by {words}")
     _check_inner(plan, model)
 
 
@@ -185,6 +190,8 @@ def _check_way(plan: Plan, one: Chosen) -> None:
     wanted = known[one.way]
     if one.block == "experts" and plan.expert > 1:
         wanted = ("S", "S") if plan.tensor > 1 else ("R", "R")
+    if one.way == "batch" and one.phase == "prefill":
+        wanted = ("R", "R")
     if (one.reads, one.gives) != wanted:
         raise InputError(f"{one.group}.{one.block} is cut by {one.way}: it reads and gives {wanted[0]} and {wanted[1]}")
 
@@ -222,13 +229,14 @@ def _check_inner(plan: Plan, model: Model) -> None:
         if kind.down is None:
             continue
         for layer in kind.layers:
-            ups = cuts[kind.start + kind.gate_up[0].module, layer].slices
             downs = cuts[kind.start + kind.down.module, layer].slices
-            for rank, (up, down) in enumerate(zip(ups, downs, strict=True)):
-                if up.rows is not None and down.columns is not None and up.rows[0] != down.columns:
-                    raise InputError(
-                        f"rank {rank} of layer {layer}: down reads {down.columns}, and up gives {up.rows[0]}"
-                    )
+            for weight in kind.gate_up:
+                ups = cuts[kind.start + weight.module, layer].slices
+                for rank, (up, down) in enumerate(zip(ups, downs, strict=True)):
+                    if up.rows is not None and down.columns is not None and up.rows[0] != down.columns:
+                        raise InputError(
+                            f"rank {rank} of layer {layer}: down reads {down.columns}, and up gives {up.rows[0]}"
+                        )
 
 
 def _check_heads(one: Chosen, kind: Kind, cuts: dict[tuple[str, int], Cut]) -> None:

@@ -99,10 +99,10 @@ def least_seconds(setting: Setting, parts: int) -> float:
 
 def _least_of_layer(setting: Setting, kind: Kind, phase: Phase) -> float:
     bandwidth, ranks = setting.kernels.chip.bandwidth, setting.ranks
-    attention = float(sum(one.nbytes() for one in (*kind.qkv, kind.out)))
+    attention, pages = float(sum(one.nbytes() for one in (*kind.qkv, kind.out))), 0.0
     if phase.name == DECODE:
         length = min(phase.length, kind.window or phase.length)
-        attention += phase.rows * length * setting.workload.token_bytes(kind.kv_heads, kind.head_dim)
+        pages = float(phase.rows * length * setting.workload.token_bytes(kind.kv_heads, kind.head_dim))
     ffn, spread, width = float(sum(one.nbytes() for one in kind.gate_up)), ranks, kind.ffn
     sent = 0.0
     if kind.experts is not None:
@@ -117,8 +117,12 @@ def _least_of_layer(setting: Setting, kind: Kind, phase: Phase) -> float:
     elif kind.down is not None:
         ffn += kind.down.nbytes()
     total = sent + (LAYER if phase.name == DECODE else LAYER / 2)
-    for nbytes, share, channels in ((attention, ranks, kind.heads * kind.value_dim), (ffn, spread, width)):
-        whole, cut = nbytes / bandwidth, nbytes / share / bandwidth
+    least = pages if setting.served else pages / ranks  # rows that are dealt out, by whole weights
+    for nbytes, kept, share, channels in (
+        (attention + pages, attention + least, ranks, kind.heads * kind.value_dim),
+        (ffn, ffn, spread, width),
+    ):
+        whole, cut = kept / bandwidth, nbytes / share / bandwidth
         total += min(whole, cut + _least_exchange(setting, phase.tokens * min(channels, setting.model.hidden)))
     return total
 

@@ -284,7 +284,9 @@ def least_bytes(setting: Setting) -> int:
     """Return the bytes of weights, keys and values that the fullest rank has at least, however they are cut."""
     model, axes = setting.model, setting.axes
     kv = sum(
-        len(kind.layers) * setting.workload.pages_bytes(kind.kv_heads, kind.head_dim) / min(axes.tensor, kind.kv_heads)
+        len(kind.layers)
+        * setting.workload.pages_bytes(kind.kv_heads, kind.head_dim)
+        / (min(axes.tensor, kind.kv_heads) if setting.served else axes.tensor)
         for kind in model.kinds
     )
     return int((model.nbytes / (axes.tensor * axes.expert) + kv) / axes.pipeline)

@@ -259,9 +259,13 @@ class Workload:
         """Return the bytes of keys and values of a token in one layer."""
         return 2 * kv_heads * (head_dim * self.kv_bytes + (4 if self.kv_bytes == 1 else 0))
 
-    def pages_bytes(self, kv_heads: int, head_dim: int) -> int:
-        """Return the bytes of the pages of all rows in one layer."""
-        return self.batch * (-(-self.context // PAGE) * PAGE) * self.token_bytes(kv_heads, head_dim)
+    def pages_bytes(self, kv_heads: int, head_dim: int, rows: int | None = None) -> int:
+        """Return the bytes of the pages of so many rows in one layer; `None` is all of them."""
+        return (
+            (self.batch if rows is None else rows)
+            * (-(-self.context // PAGE) * PAGE)
+            * self.token_bytes(kv_heads, head_dim)
+        )
 
 
 def spans_words(spans: tuple[Span, ...]) -> str:

@@ -24,6 +24,7 @@ from tersor.planner.mesh import Axes, Mesh
 from tersor.planner.parts import Workload
 from tersor.planner.problem import Block, Choice, Edge, Problem
 from tersor.planner.search import Found, fast
+from tersor.planner.served import under_way
 from tersor.planner.ways import COLUMN, HEAD, REPLICATE, ROW, TENSOR, VOCAB, Setting
 
 Settings = Callable[[Axes], Setting]
@@ -76,7 +77,7 @@ class Rule:
                 if ways is None:
                     return
                 try:
-                    made = _made(setting, ways, 1, self.name)
+                    made = by_ways(setting, ways, under_way(pipeline, workload.batch, workload.phases), self.name)
                 except Unfit as error:
                     last = Ruled(self.name, axes, None, error)
                     continue
@@ -88,7 +89,12 @@ class Rule:
             yield last
 
 
-def _made(setting: Setting, ways: dict[str, str], parts: int, name: str) -> Made:
+def by_ways(setting: Setting, ways: dict[str, str], parts: int, name: str) -> Made:
+    """Return what blocks cut in these ways are worth, each replicated where it cannot be cut so or is not named.
+
+    Raises:
+        Unfit: a rank does not hold its part.
+    """
     replica, _, problem = _problem(setting, parts)
     if ways is _BYTES:
         choice = fast(_bytes_only(replica, problem)).choice

@@ -1,12 +1,15 @@
 """What of a plan does the engine run? Layouts between its blocks are whole, and layers cut alike; in a line, why not.
 
 The engine (`models.share`) has every activation on every rank but inside an attention and inside a feed-forward network
-or experts, so sums are whole again behind `out` and down. What else a plan may say (tokens dealt out inside a group,
-experts that several replicas have together, one block cut and the next one not) costs less here and there, and is for
-reading: `tersor plan --any` searches it too.
+or experts, so sums are whole again behind `out` and down. Of P stages P steps are under way, each with a P-th of the
+rows that decode. What else a plan may say (tokens or rows dealt out inside a group, experts that several replicas have
+together, one block cut and the next one not, a step that passes all stages as one batch) costs less here and there, and
+is for reading: `tersor plan --any` searches it too.
 """
 
 from __future__ import annotations
+
+from collections.abc import Collection
 
 from tersor.errors import InputError
 from tersor.planner.plan import Chosen, Plan
@@ -32,10 +35,24 @@ INSIDE = ("H", "I")
 """Layouts that stay between such blocks: nothing is gathered or dealt out there."""
 
 
+def under_way(stages: int, batch: int, phases: Collection[str]) -> int:
+    """Return the micro-batches that the engine makes of the rows of a decode step: one a stage (`engine.turns`).
+
+    Args:
+        stages: of a replica.
+        batch: rows.
+        phases: that count; of prompts alone nothing is dealt out.
+    """
+    return min(stages, batch) if "decode" in phases else 1
+
+
 def why_not(plan: Plan) -> str | None:
     """Return why the engine does not run a plan, in a line without its end; `None` if it does."""
     if plan.expert > 1:
         return f"experts of a layer are dealt out over {plan.expert} replicas, which send each other tokens"
+    made = under_way(plan.pipeline, plan.workload["batch"], plan.workload["phases"])
+    if plan.parts != made:
+        return f"a decode step goes through {plan.pipeline} stages in {plan.parts} parts, and the engine makes {made}"
     found: dict[str, Chosen] = {}
     for one in plan.chosen:
         where = one.block if one.block == one.group else f"{one.block} of {one.group}"

@@ -6,17 +6,18 @@ each other behind every block, as the search counts. Prices of a product and of 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from tersor.layouts.shard import Part
 from tersor.planner.cost import Kernels
 from tersor.planner.cuts import Piece
+from tersor.planner.layer_ways import attended, experts_timed
 from tersor.planner.links import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, REDUCE_SCATTER, SEND, Links
 from tersor.planner.mesh import Axes, Mesh
 from tersor.planner.parts import PLAIN_BYTES, Kind, Model, Weight, Workload
 from tersor.planner.plan import Chosen, Plan, Slice
-from tersor.planner.ways import DECODE, HEAD, PREFILL, Phase, Setting, attended, experts_timed
+from tersor.planner.ways import BATCH, DECODE, HEAD, PREFILL, Phase, Setting
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,8 @@ class Walk:
         if own.block in ("norm", "ffn_norm"):
             return self._norm(phase.tokens, own)
         if own.block == "attention":
-            return attended(self.setting, kind, phase, *self._heads(kind, phase.name, rank)).seconds
+            rows = self._rows(phase.rows) if own.way == BATCH and phase.name == DECODE else phase.rows
+            return attended(self.setting, kind, replace(phase, rows=rows), *self._heads(kind, phase.name, rank)).seconds
         pieces = tuple(self._piece(kind.start + one.module, layer, one, rank) for one in _weights(kind, own.block))
         if own.block != "experts":
             return self.setting.product(pieces, tokens).seconds
@@ -170,6 +172,19 @@ class Walk:
         first, last = own.heads[rank] if own.way == HEAD else (0, kind.heads)
         ratio = kind.heads // kind.kv_heads
         return last - first, -(-last // ratio) - first // ratio
+
+    def _rows(self, rows: int) -> int:
+        """Return the most rows that a rank has where they are dealt out one by one."""
+        return len(range(0, rows, self.plan.tensor))
+
+    def _kept(self, kind: Kind) -> int:
+        """Return the rows whose pages a rank has in a layer: all, or those of its attention."""
+        workload = self.setting.workload
+        phase = Phase.of(workload.phases[0], workload, self.plan.parts)
+        if self._of(phase, kind.name, "attention").way != BATCH:
+            return workload.batch
+        rows = phase.rows if phase.name == DECODE else workload.batch
+        return sum(self._rows(rows) for _ in range(0, workload.batch, rows))
 
     def _norm(self, tokens: int, own: Chosen) -> float:
         each = -(-tokens // self.plan.tensor) if own.way == "sequence" else tokens
@@ -206,7 +221,7 @@ class Walk:
                     self._piece(kind.start + one.module, layer, one, rank).nbytes for one in kind.weights()
                 )
                 keys = self._heads(kind, phase, rank)[1]
-                kv[rank] += self.setting.workload.pages_bytes(keys, kind.head_dim)
+                kv[rank] += self.setting.workload.pages_bytes(keys, kind.head_dim, self._kept(kind))
             ends = [self.model.embedding] if stage.embedding else []
             if stage.head:
                 weights[rank] += PLAIN_BYTES * self.model.vectors

@@ -97,8 +97,8 @@ def whole_blocks(plan: Plan, system: str) -> Iterator[str]:
 def phases(plan: Plan, system: str) -> Iterator[str]:
     """Yield that prompts have other layouts than decode steps, which the system has not."""
     names = list(plan.passes)
-    if any(one.way == "sequence" for one in plan.chosen if one.phase == names[0]):
-        yield f"{system} has all tokens on every rank; the plan has some on each for blocks that are cut by sequence"
+    if any(one.way in ("sequence", "batch") for one in plan.chosen if one.phase == names[0]):
+        yield f"{system} has all tokens on every rank; the plan has some on each for blocks by sequence or batch"
     if len(names) < 2:
         return
     of = {(one.group, one.block, one.phase): one for one in plan.chosen}

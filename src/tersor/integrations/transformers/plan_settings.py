@@ -25,6 +25,8 @@ _BEFORE = {"out": "attention", "down": "gate_up"}
 _BEHIND = {"qkv": "attention", "gate_up": "down"}
 """Block -> the one that gives what it reads, and the one that reads what it gives."""
 _ALL = "R"
+_WITHOUT_CUT = (_ALL, "S")
+"""Layouts in which heads and channels are whole."""
 
 
 def settings(plan: Plan) -> str:
@@ -138,10 +140,10 @@ def _style(plan: Plan, cut: Cut, gathered: set[str]) -> str:
     before, behind = _chosen(plan, group, _BEFORE.get(block, "")), _chosen(plan, group, _BEHIND.get(block, ""))
     if one.columns is not None:
         first = f"{group}.{'qkv' if block == 'out' else 'gate_up'}"
-        return SPLIT if first in gathered or (before is not None and before.gives == _ALL) else SUMMED
+        return SPLIT if first in gathered or (before is not None and before.gives in _WITHOUT_CUT) else SUMMED
     if block in ("out", "down") or cut.block in gathered:
         return GATHERED
-    return GATHERED if behind is not None and behind.reads == _ALL else CUT
+    return GATHERED if behind is not None and behind.reads in _WITHOUT_CUT else CUT
 
 
 def _chosen(plan: Plan, group: str, block: str) -> Chosen | None:
@@ -152,7 +154,7 @@ def _chosen(plan: Plan, group: str, block: str) -> Chosen | None:
 def _by_heads(plan: Plan, out: Chosen) -> bool:
     """Whether the attention that a block reads is cut by heads, in the phase whose layouts count."""
     attention = _chosen(plan, out.group, "attention")
-    return out.phase == limits.first_phase(plan) and attention is not None and attention.gives != _ALL
+    return out.phase == limits.first_phase(plan) and attention is not None and attention.way == "head"
 
 
 def _fused(cut: Cut) -> bool:
