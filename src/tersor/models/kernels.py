@@ -29,6 +29,7 @@ from tersor.models.norm import NormWeights, behind_sum, gain_of, weights_around,
 from tersor.models.weights import Activated, Embedding, FeedForward, GatedProduct, Product, Products
 from tersor.ops import mode, needed, needed_sparse, serve_routing
 from tersor.ops.attention_form import AttentionForm
+from tersor.ops.quantized import common_activations
 
 _NO_NORM = frozenset({Norm.NONE})
 
@@ -71,7 +72,7 @@ def kernels_of(decoder: Decoder, steps: Steps, chip: Chip) -> list[KernelSource]
     for part in _parts((decoder.embedding, decoder.layers, decoder.norm, decoder.head)):
         own = norms.get(id(part), _NO_NORM)
         read = readers.get(id(part), ())
-        kind = _kind(part), own, frozenset(weight.layout for weight in read)
+        kind = _kind(part), own, common_activations(read)
         if kind not in seen:
             seen.add(kind)
             found.update(dict.fromkeys(_asked(part, dtype, steps, chip, own, read)))
@@ -115,9 +116,9 @@ def _norms(decoder: Decoder, chip: Chip) -> dict[int, frozenset[Norm]]:
     return {product: frozenset(norms) for product, norms in found.items()}
 
 
-def _readers(decoder: Decoder) -> dict[int, tuple[PackedWeight, ...]]:
-    """Return identity of a norm -> the weights of the packed products that read its result, if nothing else does."""
-    found: dict[int, tuple[PackedWeight, ...]] = {}
+def _readers(decoder: Decoder) -> dict[int, tuple[PackedWeight | MixedWeight, ...]]:
+    """Return identity of a norm -> the weights of the packed or mixed products that read its result, and nothing else."""
+    found: dict[int, tuple[PackedWeight | MixedWeight, ...]] = {}
     for layer in decoder.layers:
         attention, ffn = layer.attention, layer.ffn
         pairs: list[tuple[NormWeights | None, object]] = [(layer.norms[0], attention.reader)]
@@ -181,7 +182,7 @@ def _asked(
     steps: Steps,
     chip: Chip,
     norms: frozenset[Norm],
-    readers: tuple[PackedWeight, ...],
+    readers: tuple[PackedWeight | MixedWeight, ...],
 ) -> Iterator[KernelSource]:
     """Yield the kernels of one part."""
     if isinstance(part, Product | GatedProduct):

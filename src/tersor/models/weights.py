@@ -41,14 +41,12 @@ class Product:
 
     def __call__(self, x: Given, residual: torch.Tensor | None = None) -> torch.Tensor:
         """Return x [T, IC] multiplied, and `residual` [T, OC] added, if x waits for no norm: [T, OC]."""
-        if isinstance(self.weight, PackedWeight):
-            if isinstance(x, ops.Deferred):
-                return ops.linear_norm_in(x, self.weight, self.bias)
-            if isinstance(x, ops.Quantized):
-                return ops.linear_quantized(x, self.weight, self.bias, residual=residual)
-            return ops.linear(x, self.weight, self.bias, residual=residual)
-        assert isinstance(x, torch.Tensor), "what else a norm leaves is for dense packed weights"
-        if isinstance(self.weight, MixedWeight | SparseWeight | TiledSparseWeight):
+        if isinstance(self.weight, PackedWeight) and isinstance(x, ops.Deferred):
+            return ops.linear_norm_in(x, self.weight, self.bias)
+        if isinstance(self.weight, PackedWeight | MixedWeight) and isinstance(x, ops.Quantized):
+            return ops.linear_quantized(x, self.weight, self.bias, residual=residual)
+        assert isinstance(x, torch.Tensor), "what else a norm leaves is for dense packed and mixed weights"
+        if not isinstance(self.weight, torch.Tensor):
             return ops.linear(x, self.weight, self.bias, residual=residual)
         if residual is None:
             return functional.linear(x, self.weight, self.bias)
@@ -116,12 +114,11 @@ class GatedProduct:
 
     def __call__(self, x: Given) -> torch.Tensor:
         """Return [T, F] of x [T, IC]."""
-        if isinstance(self.weight, PackedWeight):
-            if isinstance(x, ops.Deferred):
-                return ops.linear_norm_in(x, self.weight, self.bias, gate=self.gate)
-            if isinstance(x, ops.Quantized):
-                return ops.linear_quantized(x, self.weight, self.bias, gate=self.gate)
-        assert isinstance(x, torch.Tensor), "what else a norm leaves is for dense packed weights"
+        if isinstance(self.weight, PackedWeight) and isinstance(x, ops.Deferred):
+            return ops.linear_norm_in(x, self.weight, self.bias, gate=self.gate)
+        if isinstance(self.weight, PackedWeight | MixedWeight) and isinstance(x, ops.Quantized):
+            return ops.linear_quantized(x, self.weight, self.bias, gate=self.gate)
+        assert isinstance(x, torch.Tensor), "what else a norm leaves is for dense packed and mixed weights"
         return ops.gated_linear(x, self.weight, self.bias, gate=self.gate)
 
     def tensors(self) -> Iterator[torch.Tensor]:

@@ -26,12 +26,12 @@ from tersor.layouts.packing import target_of
 from tersor.ops import current, dispatch, mixed, mode, tensors
 from tersor.ops.dispatch import overflow_reason, unsupported_reason
 from tersor.ops.gates import Gate
+from tersor.ops.quantizing import Quantize
 from tersor.ops.settled import settled
 from tersor.ops.tables import Tables
 
 if TYPE_CHECKING:
     from tersor.kernels.experts import ExpertsLaunch, GatherLaunch
-    from tersor.kernels.quantizing import QuantizeLaunch
 
 _MOST_PREPARED = 512
 _FETCHED = 0.5
@@ -78,8 +78,7 @@ class Product:
 
     config: tune.EitherConfig
     launch: ExpertsLaunch
-    quantize: QuantizeLaunch | None
-    codes_stride: int
+    quantize: Quantize | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,20 +178,12 @@ def product_of(
         index: the CUDA device.
         tables_ready: whether the routing tables were there before the kernel ahead started.
     """
-    from tersor.kernels import experts, jit, quantizing
+    from tersor.kernels import experts, jit
 
     result = target_of(Activations.NATIVE, dtype)
     assert result is not None
     oc, ic = weight.matrix
     native, pairs = config.activations is Activations.NATIVE, tokens * top_k
-    quantize = None
-    if not native:
-        quantize = quantizing.prepare_quantize(
-            jit.get(quantizing.quantize_source(result, config.activations), index),
-            n=pairs,
-            ic=ic,
-            activations=config.activations,
-        )
     source = experts.source(weight.packing, result, config, gate, tables_ready and native)
     launch = experts.prepare(
         jit.get(source, index),
@@ -206,7 +197,7 @@ def product_of(
         most_blocks=most_blocks(pairs, weight.experts, config.block_tokens),
         factor=weight.packing.factor,
     )
-    return Product(config, launch, quantize, quantizing.codes_stride(ic))
+    return Product(config, launch, Quantize.of(result, config.activations, pairs, ic, index, config.block_tokens))
 
 
 def _make(x: torch.Tensor, gate_up: Stacked, down: Stacked, top_k: int, gate: Gate, batch_invariant: bool) -> Prepared:
@@ -301,9 +292,11 @@ class _Given:
         kind = product.config.activations
         if product.quantize is not None:
             if kind not in self._codes:
-                self._codes[kind] = _quantized(product, self.x, self._pairs, self._room, self._order, self._top_k)
+                x = self.x
+                stream, pairs = current.stream(x.get_device()), (self._order, self._top_k)
+                self._codes[kind] = product.quantize(stream, x.data_ptr(), x.stride(0), *pairs)
             codes, scale = self._codes[kind]
-            return codes, product.codes_stride, scale
+            return codes, product.quantize.stride, scale
         if self._gather is None or product.config.gathers:
             return self.x, self.x.stride(0), 0
         if self._ordered is None:
@@ -335,19 +328,6 @@ def _product(
         made.append(current.empty((rows, channels), (channels, 1), given.x.dtype))
         run(launch, one, own, x.data_ptr(), stride, scale, tables, made[-1], behind)
     return weight.of_channels(made) if isinstance(weight, StackedMixedWeight) else made[0]
-
-
-def _quantized(
-    product: Product, x: torch.Tensor, pairs: int, block_tokens: int, order: int = 0, top_k: int = 1
-) -> tuple[torch.Tensor, int]:
-    """Launch the quantising of a product's activations; return their codes and the address of the scales."""
-    assert product.quantize is not None
-    row, stream = product.codes_stride, current.stream(x.get_device())
-    codes = current.empty((pairs + block_tokens, row + 4), (row + 4, 1), torch.uint8)
-    scale = product.quantize(
-        stream=stream, x=x.data_ptr(), x_stride=x.stride(0), codes=codes.data_ptr(), order=order, top_k=top_k
-    )
-    return codes, scale
 
 
 def run(

@@ -49,6 +49,8 @@ from tersor.ops.router import router_of
 
 _NAMES = {**TARGETS, torch.float32: "float32"}
 
+Readers: TypeAlias = Collection[PackedWeight | MixedWeight]
+"""The weights of what reads a norm's result."""
 RowSets: TypeAlias = Sequence[tuple[Packing, tuple[int, int, int]]]
 """Packing and shape (E, OC, IC) of the row sets of the weights of a layer's experts: one, or one for each level."""
 
@@ -278,7 +280,7 @@ def attention(
 
 
 def norm(
-    rows: int, channels: int, dtype: torch.dtype, layer: bool, chip: Chip, readers: Collection[PackedWeight] = ()
+    rows: int, channels: int, dtype: torch.dtype, layer: bool, chip: Chip, readers: Readers = ()
 ) -> Iterator[KernelSource]:
     """Yield the kernels of `ops.layer_norm`, or of `ops.rms_norm`, or of those as bytes.
 
@@ -287,7 +289,7 @@ def norm(
         channels, dtype: of rows.
         layer: whether it is a layer norm.
         chip: the GPU.
-        readers: the weights of what reads the result, where that is packed products alone.
+        readers: the weights of what reads the result, where that is packed or mixed products alone.
     """
     if dtype in TARGETS and channels_fit(channels):
         made = quantized.common_activations(readers) if chip.capability == (9, 0) else Activations.NATIVE
