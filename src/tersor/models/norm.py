@@ -12,7 +12,7 @@ from tersor.formats import Activations
 from tersor.kernels.deciding import MOST_SUMMED_CHANNELS
 from tersor.layouts import MixedWeight, PackedWeight
 from tersor.models.config import Norm
-from tersor.models.weights import Activated, Between, GatedProduct, Given, Product, Products, tensors_of
+from tersor.models.weights import Activated, Between, GatedProduct, Given, Product, Products, bytewise_of, tensors_of
 from tersor.ops.quantized import common_activations
 
 
@@ -101,7 +101,7 @@ def weights_read(reader: object) -> tuple[PackedWeight | MixedWeight, ...]:
     """Return the weights of what reads a norm's result, where that is packed or mixed products alone, else none."""
     product = reader.product if isinstance(reader, Activated) else reader
     parts = product.parts if isinstance(product, Products) else (product,)
-    found = tuple(weight for part in parts if (weight := _read(part)) is not None)
+    found = tuple(weight for part in parts if (weight := bytewise_of(part)) is not None)
     return found if len(found) == len(parts) else ()
 
 
@@ -141,14 +141,5 @@ def weights_around(norm: NormWeights, first: Product, reader: object) -> tuple[P
 
 def _packed(reader: object) -> PackedWeight | None:
     """Return the weight of what reads a norm's result, where that is one packed product without outliers."""
-    weight = _read(reader)
+    weight = bytewise_of(reader.product if isinstance(reader, Activated) else reader)
     return weight if isinstance(weight, PackedWeight) else None
-
-
-def _read(reader: object) -> PackedWeight | MixedWeight | None:
-    """Return the weight of what reads a norm's result, where that is one packed or mixed product without outliers."""
-    product = reader.product if isinstance(reader, Activated) else reader
-    weight = product.weight if isinstance(product, Product | GatedProduct) else None
-    if isinstance(weight, PackedWeight):
-        return weight if weight.outliers is None else None
-    return weight if isinstance(weight, MixedWeight) else None

@@ -1,6 +1,7 @@
 """Is the call legal, and who serves it? Torch operators over packed weights, and the reasons behind a choice."""
 
 from tersor.kernels.dense import kernels_for
+from tersor.ops.activated import activated_quantized, takes_activated
 from tersor.ops.attention import attend
 from tersor.ops.attention_form import PAGE, AttentionForm, PagedCache, Rows
 from tersor.ops.autocast import activation_dtype
@@ -54,6 +55,7 @@ __all__ = [
     "Rows",
     "SamplingRows",
     "Workspace",
+    "activated_quantized",
     "activation_dtype",
     "attend",
     "attention_obstacle",
@@ -96,6 +98,7 @@ __all__ = [
     "serve_with",
     "set_batch_invariant",
     "softcap",
+    "takes_activated",
     "takes_quantized",
     "using",
 ]

@@ -227,7 +227,7 @@ def _check(rows: Quantized, layout: str) -> None:
 
 
 def _for_kernels(codes: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return codes [T, IC] and scales as kernels read them: rows start on 16 bytes, scales of a group stand together."""
+    """Return codes [T, IC] and scales as kernels read them: rows start on 16 bytes, a group's scales stand together."""
     if codes.stride(1) != 1 or codes.stride(0) % 16 or codes.data_ptr() % 16:
         codes = _aligned(codes)
     return codes, scales.contiguous() if scales.dim() == 1 else _by_groups(scales)
