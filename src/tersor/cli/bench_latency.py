@@ -69,6 +69,7 @@ def command(
     from tersor.bench.vllm import variants as rivals
     from tersor.formats import Activations
     from tersor.models import geometries
+    from tersor.ops import activations_for
 
     names = models or [MODEL]
     pages = EngineConfig(
@@ -89,7 +90,8 @@ def command(
     check_ranks(pages, names, against)
     for name in names:
         geometries.geometry(name)
-    multiplied = Activations.of(activations)
+    packed = [scheme for scheme in (*(scheme for _, scheme in kinds), head) if scheme is not None]
+    multiplied = activations_for(activations, packed)
     named = rivals.named(against)
     pruned = None if sparsity is None else bench.sparsity(sparsity)
     if pruned is not None and (named or multiplied is not Activations.NATIVE):
@@ -121,7 +123,8 @@ def command(
     from tersor.one_prompt import page_bytes
     from tersor.ops.attention_form import PAGE
 
-    facts: dict[str, Any] = {"dtype": dtype, "kv_dtype": kv_dtype, "activations": activations, "read_bandwidth": None}
+    facts: dict[str, Any] = {"dtype": dtype, "kv_dtype": kv_dtype, "activations": str(multiplied)}
+    facts["read_bandwidth"] = None
     team = workers.Team(workers.Seat(torch.device("cuda")))
     if pages.ranks > 1:
         placed = pages.placed(len(geometries.geometry(names[0]).layers))
@@ -170,7 +173,7 @@ def command(
                     kernel_dtype,
                     head=scheme if head_format is None else head,
                     sparsity=pruned,
-                    activations=activations,
+                    activations=multiplied,
                     context=max(contexts),
                     offload=None if away is None else replace(away, told=_told),
                     ranks=seat.ranks,

@@ -7,7 +7,7 @@ from tersor.ops.attention_form import PAGE, AttentionForm, PagedCache, Rows
 from tersor.ops.autocast import activation_dtype
 from tersor.ops.columns import load as load_columns
 from tersor.ops.deciding import Decision, Gain, Normed, decide, decided_experts
-from tersor.ops.dispatch import Reason, explain, preferred_layout
+from tersor.ops.dispatch import Reason, activations_for, explain, kernel_chip, preferred_layout
 from tersor.ops.embedding import embedding
 from tersor.ops.fold import Deferred, FoldedNorm, folds_norm, linear_norm_in, linear_norm_out
 from tersor.ops.gates import Gate
@@ -57,6 +57,7 @@ __all__ = [
     "Workspace",
     "activated_quantized",
     "activation_dtype",
+    "activations_for",
     "attend",
     "attention_obstacle",
     "batch_invariant",
@@ -75,6 +76,7 @@ __all__ = [
     "gather_rows",
     "gradient_wanted",
     "keep",
+    "kernel_chip",
     "kernels_for",
     "layer_norm",
     "layer_norm_quantized",

@@ -57,7 +57,7 @@ def numbers(
 def activation(
     channels: int, dtype: torch.dtype, gate: Gate | None, chip: Chip, readers: Readers
 ) -> Iterator[KernelSource]:
-    """Yield the kernels of `ops.gated` or `ops.relu`, or of those as bytes.
+    """Yield the kernel of `ops.gated` or `ops.relu`, or of those as bytes.
 
     Args:
         channels, dtype: of the result.
@@ -65,9 +65,10 @@ def activation(
         chip: the GPU.
         readers: as for `norm`.
     """
-    yield from numbers(channels, dtype, gate)
     made = quantized.common_activations(readers) if chip.capability == (9, 0) else Activations.NATIVE
-    if dtype in TARGETS and channels_fit(channels, None) and made is not Activations.NATIVE:
+    if made is Activations.NATIVE:
+        yield from numbers(channels, dtype, gate)
+    elif dtype in TARGETS and channels_fit(channels, None):
         yield quantizing.quantize_source(TARGETS[dtype], made, int(gate or 0), relu=gate is None)
 
 

@@ -20,7 +20,7 @@ from tersor.integrations.vllm.arriving import need_16bit
 from tersor.integrations.vllm.embedding import TersorEmbeddingMethod, TersorTiedHeadMethod
 from tersor.integrations.vllm.experts import TersorExpertsMethod
 from tersor.integrations.vllm.linear import TersorLinearMethod
-from tersor.ops.dispatch import kernel_layout
+from tersor.ops.dispatch import activations_for, kernel_layout
 
 NAME = QUANT_METHOD
 _OPTIONS = ("format", "ignore", "overrides")
@@ -43,7 +43,7 @@ class TersorVllmConfig(compat.QuantizationConfig):
             text = settings.get("TERSOR_VLLM_FORMAT")
             parsed = QuantizationConfig(parse_scheme(text, None, None, "environment variable TERSOR_VLLM_FORMAT"))
         self.parsed, self.stored = parsed, stored
-        self.activations = Activations.of(settings.get("TERSOR_VLLM_ACTIVATIONS"))
+        self.activations = activations_for(settings.get("TERSOR_VLLM_ACTIVATIONS"), parsed.schemes)
         self.plan: plan.Plan | None = None
         self._tied = self._embeds_packed = False
 
