@@ -215,12 +215,20 @@ def products(
     for kind in sorted(kinds, key=lambda kind: kind.name):
         yield quantizing.quantize_source(result, kind)
     for firsts, seconds in tune_experts.choices_of_sets(of_up, of_down, chip):
-        for (packing, _), first in zip(ups, firsts, strict=True):
-            yield experts.source(packing, result, first, int(gate), False)
-            if first.activations is Activations.NATIVE and not first.gathers:
-                yield experts.gather_source()
-        for (packing, _), second in zip(downs, seconds, strict=True):
-            yield experts.source(packing, result, second, 0, not kinds)
+        if any(first.activations is Activations.NATIVE and not first.gathers for first in firsts):
+            yield experts.gather_source()
+        for sets, problems, configs, ending, ready in (
+            (ups, of_up, firsts, int(gate), False),
+            (downs, of_down, seconds, 0, not kinds),
+        ):
+            packings = tuple(packing for packing, _ in sets)
+            if tune_experts.together(problems, chip):
+                whole = tuple(one for one in configs if isinstance(one, tune_experts.ExpertsConfig))
+                native = whole[0].activations is Activations.NATIVE
+                yield mixed.experts_source(packings, result, whole, ending, ready and native)
+                continue
+            for packing, config in zip(packings, configs, strict=True):
+                yield experts.source(packing, result, config, ending, ready)
 
 
 def route(choice: Choice, logits: torch.dtype) -> Iterator[KernelSource]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
@@ -12,6 +13,7 @@ from tersor.hardware import Chip
 from tersor.kernels.tune import experts_sm80, experts_sm90, sm90
 from tersor.kernels.tune.experts_problem import ExpertsProblem, expected_blocks
 from tersor.kernels.tune.experts_sm80 import Sm80ExpertsConfig
+from tersor.kernels.tune.mixed import tiles_of as mixed_tiles
 from tersor.kernels.tune.problem import SM80, SM90
 from tersor.kernels.tune.tile import Slots, Tile
 
@@ -25,20 +27,26 @@ __all__ = [
     "choices_of_sets",
     "choose_pair",
     "choose_sets",
+    "common_tiles",
     "config",
     "deciding",
     "expected_blocks",
+    "launch_seconds",
     "least_pair",
     "predicted_seconds",
     "schedule",
     "seconds",
     "shapes",
+    "shares",
     "tiles",
+    "together",
 ]
 
 ORDERING = 2.0
 """Microseconds that it takes to put activations in order, where the kernel does not gather them."""
 _FEW_TOKENS, _EIGHTHS = 64, 8
+_NOT_TOGETHER = {Tile(32, 1, 4, 1, 1)}
+"""Tiles with too few registers for what a CTA knows of its row set and of experts."""
 _MOST_SCALE_GROUPS = {Tile(32, 1, 4, 1, 1): 1}
 """How many scales of a row in a block a tile has registers for, where it has for fewer than in a dense kernel."""
 
@@ -93,14 +101,45 @@ EitherConfig: TypeAlias = ExpertsConfig | Sm80ExpertsConfig
 """How a kernel of either schedule runs a problem. Both know `block_tokens`, `activations`, `gathers`, `counters` and
 `floats`."""
 Problems: TypeAlias = tuple[ExpertsProblem, ...]
-"""The row sets of a product, each a launch: one, or one for each level of a mix."""
+"""The row sets of a product: one, or one for each level of a mix; which of them are one launch says `together`."""
 Configs: TypeAlias = tuple[EitherConfig, ...]
-"""How each row set runs."""
+"""How each row set runs; those of one launch have one tile."""
 
 
 def schedule(chip: Chip) -> str:
     """Return the schedule whose kernel takes all experts at once on a chip."""
     return SM90 if chip.capability == (9, 0) else SM80
+
+
+@functools.lru_cache(maxsize=4096)
+def together(problems: Problems, chip: Chip) -> bool:
+    """Tell whether one launch has all row sets of a product: several, on the sm90 schedule and in its usual mode."""
+    several = schedule(chip) == SM90 and len(problems) > 1 and not problems[0].batch_invariant
+    return several and len({one.activations for one in problems}) == 1 and bool(common_tiles(problems))
+
+
+def common_tiles(problems: Problems) -> tuple[Tile, ...]:
+    """Return the tile shapes that one launch of several row sets may have: those of `tune.mixed` that all can run."""
+    few = mixed_tiles([one.scale_groups for one in problems], problems[0].activations)
+    return tuple(tile for tile in few if tile not in _NOT_TOGETHER and all(tile in tiles(one) for one in problems))
+
+
+def shares(problems: Problems, configs: Sequence[ExpertsConfig], chip: Chip) -> tuple[tuple[int, int], ...]:
+    """Return, of every row set of one launch, its rows in one expert, and the CTAs of it and of those before.
+
+    CTAs are dealt out as row sets' tiles cost: row tiles, whose blocks take as long as their arithmetic or their bytes,
+    whichever takes longer. By how many blocks of tokens that is multiplied the device alone knows, and it is the same
+    for all.
+    """
+    tile, work = configs[0].tile, []
+    for problem in problems:
+        load = experts_sm90.load(problem, tile, chip, False)
+        work.append(-(-problem.oc // tile.rows) * max(load.shared_block, load.block))
+    spare, ends = configs[0].ctas - len(work), itertools.accumulate(work)
+    return tuple(
+        (problem.oc, number + round(spare * end / sum(work)))
+        for number, (problem, end) in enumerate(zip(problems, ends, strict=True), 1)
+    )
 
 
 def config(problem: ExpertsProblem, tile: Tile, chip: Chip) -> ExpertsConfig:
@@ -159,7 +198,7 @@ def choose_sets(ups: Problems, downs: Problems, chip: Chip) -> tuple[Configs, Co
     tokens as are `deciding`.
 
     Args:
-        ups, downs: the row sets of either product, each a launch; none of one that is of no account.
+        ups, downs: the row sets of either product; none of one that is of no account.
         chip: where they run.
     """
     tokens = deciding((*ups, *downs)[0].tokens)
@@ -186,51 +225,79 @@ def choices_of_sets(ups: Problems, downs: Problems, chip: Chip) -> Iterator[tupl
 
 @functools.lru_cache(maxsize=4096)
 def _least(ups: Problems, downs: Problems, chip: Chip) -> tuple[Tile, ...]:
-    return _least_sets([(one, tiles(one)) for one in ups], [(one, tiles(one)) for one in downs], chip)
+    return _least_tiles(_launches(ups, chip), _launches(downs, chip), chip)
 
 
 def least_pair(
     up: ExpertsProblem, down: ExpertsProblem, ups: Iterable[Tile], downs: Iterable[Tile], chip: Chip
 ) -> tuple[Tile, Tile]:
     """Return the tiles of as many tokens as each other, one of each product's, of the least predicted time."""
-    first, second = _least_sets([(up, ups)], [(down, downs)], chip)
+    first, second = _least_tiles([((up,), ups)], [((down,), downs)], chip)
     return first, second
 
 
-_Available: TypeAlias = Sequence[tuple[ExpertsProblem, Iterable[Tile]]]
+_Launches: TypeAlias = Sequence[tuple[Problems, Iterable[Tile]]]
+"""The launches of a product: row sets of each, and the tiles that they may have."""
 
 
-def _least_sets(ups: _Available, downs: _Available, chip: Chip) -> tuple[Tile, ...]:
+def _launches(problems: Problems, chip: Chip) -> _Launches:
+    if together(problems, chip):
+        return [(problems, common_tiles(problems))]
+    return [((one,), tiles(one)) for one in problems]
+
+
+def _least_tiles(ups: _Launches, downs: _Launches, chip: Chip) -> tuple[Tile, ...]:
     """Return the tiles of as many tokens as each other, one of each row set's, of the least predicted time."""
     best: dict[int, list[tuple[float, Tile]]] = {}
-    for number, (problem, available) in enumerate((*ups, *downs)):
+    for number, (problems, available) in enumerate((*ups, *downs)):
         first, of_width = number < len(ups), dict[int, tuple[float, Tile]]()
         for tile in available:
-            time = seconds(problem, tile, chip, first)
-            if first and not experts_sm90.gathers(problem, tile):
+            time = launch_seconds(problems, tile, chip, first)
+            if first and not experts_sm90.gathers(problems[0], tile):
                 time += ORDERING * 1e-6 / len(ups)
             if tile.tokens not in of_width or time < of_width[tile.tokens][0]:
                 of_width[tile.tokens] = time, tile
         for width, found in of_width.items():
             best.setdefault(width, []).append(found)
     whole = [found for found in best.values() if len(found) == len(ups) + len(downs)]
-    return tuple(tile for _, tile in min(whole, key=lambda found: sum(time for time, _ in found)))
+    least = min(whole, key=lambda found: sum(time for time, _ in found))
+    return tuple(
+        tile for (problems, _), (_, tile) in zip((*ups, *downs), least, strict=True) for _ in range(len(problems))
+    )
 
 
 def predicted_seconds(ups: Problems, downs: Problems, chip: Chip) -> float:
     """Predict the time of both products of a layer's experts, all of their row sets, in seconds."""
     chosen = choose_sets(ups, downs, chip)
     total = 0.0
-    for number, (problems, configs) in enumerate(zip((ups, downs), chosen, strict=True)):
-        ordered = False
-        for problem, own in zip(problems, configs, strict=True):
-            if isinstance(own, Sm80ExpertsConfig):
-                total += experts_sm80.seconds(problem, own, chip)
-                continue
-            total += seconds(problem, own.tile, chip, number == 0)
-            ordered |= number == 0 and not own.gathers
-        total += ORDERING * 1e-6 * ordered
+    for first, problems, configs in zip((True, False), (ups, downs), chosen, strict=True):
+        if together(problems, chip):
+            total += launch_seconds(problems, _tile(configs[0]), chip, first)
+        else:
+            for problem, own in zip(problems, configs, strict=True):
+                if isinstance(own, Sm80ExpertsConfig):
+                    total += experts_sm80.seconds(problem, own, chip)
+                else:
+                    total += seconds(problem, own.tile, chip, first)
+        total += ORDERING * 1e-6 * (first and not all(own.gathers for own in configs))
     return total
+
+
+def _tile(config: EitherConfig) -> Tile:
+    assert isinstance(config, ExpertsConfig)
+    return config.tile
+
+
+def launch_seconds(problems: Problems, tile: Tile, chip: Chip, first: bool) -> float:
+    """Predict the time of a launch of the sm90 schedule, of one row set or of several: then what it takes to start is
+    counted once, and CTAs are taken to share all work evenly.
+
+    Args:
+        problems: the row sets.
+        tile, chip, first: as for `seconds`.
+    """
+    starts = experts_sm90.CONSTANTS.start + experts_sm90.CONSTANTS.tables * first
+    return sum(seconds(one, tile, chip, first) for one in problems) - (len(problems) - 1) * starts * 1e-6
 
 
 def seconds(problem: ExpertsProblem, tile: Tile, chip: Chip, first: bool) -> float:
