@@ -7,6 +7,7 @@ As in `kernels.dense` a kernel's source, its launch prepared for a problem, then
 from __future__ import annotations
 
 import functools
+import itertools
 import struct
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
@@ -171,7 +172,8 @@ def prepare(function: Function, config: tune.MixedConfig, *, bf16: bool, ic: int
 def prepare_experts(
     function: Function,
     configs: Sequence[tune_experts.ExpertsConfig],
-    shares: Sequence[tuple[int, int]],
+    ctas: Sequence[int],
+    rows: Sequence[int],
     *,
     bf16: bool,
     ic: int,
@@ -187,20 +189,21 @@ def prepare_experts(
     Args:
         function: the loaded kernel.
         configs: how the row sets run, all with one tile.
-        shares: of every level its rows in one expert, and CTAs of it and of those before.
+        ctas: of every level.
+        rows: of every level, of one expert.
         bf16, ic, tokens, top_k, gathers, most_blocks: as in `kernels.experts.prepare`.
         outputs: columns of the result.
         bias_rows: rows of all levels of one expert, as a bias has them.
     """
     config, run = configs[0], function.launch
-    tile, (_, ctas) = config.tile, shares[-1]
-    grid, block, shared = (ctas, 1, 1), (tile.threads, 1, 1), max(own.shared_bytes for own in configs)
+    tile, ends = config.tile, [*itertools.accumulate(ctas)]
+    grid, block, shared = (ends[-1], 1, 1), (tile.threads, 1, 1), max(own.shared_bytes for own in configs)
     element = tensor_map.BFLOAT16 if bf16 else tensor_map.FLOAT16
     element = element if tile.activations is Activations.NATIVE else tensor_map.BYTE
-    rows, box = (tokens, 1) if gathers else (tokens * top_k + tile.tokens, tile.tokens)
+    given, box = (tokens, 1) if gathers else (tokens * top_k + tile.tokens, tile.tokens)
     maps_rows, splits = tensor_map.rows, config.most_splits
-    padded = [*shares, *[(0, ctas)] * (MOST_LEVELS - len(shares))]
-    packed = _SHARES.pack(*(number for own, end in padded for number in (own, end, 0, 0)))
+    shares = [*zip(rows, ends, strict=True), *[(0, ends[-1])] * (MOST_LEVELS - len(ends))]
+    packed = _SHARES.pack(*(number for own, end in shares for number in (own, end, 0, 0)))
 
     def launch(
         *,
@@ -228,7 +231,7 @@ def prepare_experts(
             y: address of [pairs, outputs] in the dtype of the result.
         """
         arguments = (
-            *(maps_rows(x, rows, ic, x_stride, element, box), _SETS.pack(*sets), packed),
+            *(maps_rows(x, given, ic, x_stride, element, box), _SETS.pack(*sets), packed),
             *(features, bias, x_scale, order, blocks, y, partial, arrived),
             *(ic, outputs, bias_rows, top_k, box, most_blocks, splits),
         )

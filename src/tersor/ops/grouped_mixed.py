@@ -74,7 +74,8 @@ def product_of(
     launch = mixed.prepare_experts(
         jit.get(mixed.experts_source(packings, result, tuple(configs), gate, ready), index),
         configs,
-        tune.shares(problems, configs, chip),
+        tune.counts(problems, config.tile, chip, gate > 0),
+        [one.oc for one in problems],
         bf16=result == "bfloat16",
         ic=ic,
         outputs=gated_channels(weight.shape[1]) if gate else weight.shape[1],

@@ -13,7 +13,6 @@ from tersor.hardware import Chip
 from tersor.kernels.tune import experts_sm80, experts_sm90, sm90
 from tersor.kernels.tune.experts_problem import ExpertsProblem, expected_blocks
 from tersor.kernels.tune.experts_sm80 import Sm80ExpertsConfig
-from tersor.kernels.tune.mixed import tiles_of as mixed_tiles
 from tersor.kernels.tune.problem import SM80, SM90
 from tersor.kernels.tune.tile import Slots, Tile
 
@@ -29,6 +28,7 @@ __all__ = [
     "choose_sets",
     "common_tiles",
     "config",
+    "counts",
     "deciding",
     "expected_blocks",
     "launch_seconds",
@@ -37,16 +37,24 @@ __all__ = [
     "schedule",
     "seconds",
     "shapes",
-    "shares",
     "tiles",
     "together",
 ]
 
+SHAPES = {
+    False: (
+        *((8, 2, 1, 2), (8, 1, 2, 2), (8, 1, 4, 1), (16, 2, 1, 2), (16, 1, 4, 1), (32, 2, 1, 1), (32, 3, 1, 1)),
+        *((48, 3, 1, 1), (64, 2, 1, 1), (80, 3, 1, 1), (96, 2, 1, 1), (128, 2, 1, 1)),
+    ),
+    True: (
+        *((16, 1, 1, 2), (16, 2, 1, 1), (32, 1, 1, 2), (64, 2, 1, 1), (96, 1, 1, 2), (128, 2, 1, 1), (256, 2, 1, 1)),
+    ),
+}
+"""Tokens, row groups, channel groups and resident CTAs of tiles that one launch of several row sets has, with 16-bit
+and with 8-bit activations: such as have registers for four levels, and are fast where each level is a launch."""
 ORDERING = 2.0
 """Microseconds that it takes to put activations in order, where the kernel does not gather them."""
 _FEW_TOKENS, _EIGHTHS = 64, 8
-_NOT_TOGETHER = {Tile(32, 1, 4, 1, 1)}
-"""Tiles with too few registers for what a CTA knows of its row set and of experts."""
 _MOST_SCALE_GROUPS = {Tile(32, 1, 4, 1, 1): 1}
 """How many scales of a row in a block a tile has registers for, where it has for fewer than in a dense kernel."""
 
@@ -119,27 +127,41 @@ def together(problems: Problems, chip: Chip) -> bool:
 
 
 def common_tiles(problems: Problems) -> tuple[Tile, ...]:
-    """Return the tile shapes that one launch of several row sets may have: those of `tune.mixed` that all can run."""
-    few = mixed_tiles([one.scale_groups for one in problems], problems[0].activations)
-    return tuple(tile for tile in few if tile not in _NOT_TOGETHER and all(tile in tiles(one) for one in problems))
+    """Return the tile shapes that one launch of several row sets may have: of `SHAPES` what all of them can run."""
+    kind = problems[0].activations
+    few = (Tile(*shape[:3], 1, shape[3], kind) for shape in SHAPES[kind is not Activations.NATIVE])
+    return tuple(tile for tile in few if all(tile in tiles(one) for one in problems))
 
 
-def shares(problems: Problems, configs: Sequence[ExpertsConfig], chip: Chip) -> tuple[tuple[int, int], ...]:
-    """Return, of every row set of one launch, its rows in one expert, and the CTAs of it and of those before.
+@functools.lru_cache(maxsize=16384)
+def counts(problems: Problems, tile: Tile, chip: Chip, first: bool) -> tuple[int, ...]:
+    """Return the CTAs of every row set of one launch, of all that fit, at least one each.
 
-    CTAs are dealt out as row sets' tiles cost: row tiles, whose blocks take as long as their arithmetic or their bytes,
-    whichever takes longer. By how many blocks of tokens that is multiplied the device alone knows, and it is the same
-    for all.
+    They are dealt out as row tiles are many, then taken from who is done first for who is done last while that is done
+    earlier. How many blocks of tokens experts get the device alone knows: these are the counts for what is expected.
     """
-    tile, work = configs[0].tile, []
-    for problem in problems:
-        load = experts_sm90.load(problem, tile, chip, False)
-        work.append(-(-problem.oc // tile.rows) * max(load.shared_block, load.block))
-    spare, ends = configs[0].ctas - len(work), itertools.accumulate(work)
-    return tuple(
-        (problem.oc, number + round(spare * end / sum(work)))
-        for number, (problem, end) in enumerate(zip(problems, ends, strict=True), 1)
-    )
+    row_tiles = [-(-problem.oc // tile.rows) for problem in problems]
+    spare, ends = chip.sms * tile.resident - len(problems), [0, *itertools.accumulate(row_tiles)]
+    cuts = [round(spare * end / ends[-1]) for end in ends]
+    found = [1 + end - before for before, end in itertools.pairwise(cuts)]
+    times = [_microseconds(*one, tile, chip, first) for one in zip(problems, found, strict=True)]
+    step = max(1, spare // 8)
+    while step:
+        last, least = times.index(max(times)), times.index(min(times))
+        more, fewer = found[last] + step, found[least] - step
+        if last != least and fewer > 0:
+            sooner = _microseconds(problems[last], more, tile, chip, first)
+            later = _microseconds(problems[least], fewer, tile, chip, first)
+            if max(sooner, later) < times[last]:
+                found[last], found[least], times[last], times[least] = more, fewer, sooner, later
+                continue
+        step //= 2
+    return tuple(found)
+
+
+def _microseconds(problem: ExpertsProblem, ctas: int, tile: Tile, chip: Chip, first: bool) -> float:
+    load = experts_sm90.load(problem, tile, chip, first, ctas)
+    return experts_sm90.microseconds(load, experts_sm90.CONSTANTS)
 
 
 def config(problem: ExpertsProblem, tile: Tile, chip: Chip) -> ExpertsConfig:
@@ -289,15 +311,16 @@ def _tile(config: EitherConfig) -> Tile:
 
 
 def launch_seconds(problems: Problems, tile: Tile, chip: Chip, first: bool) -> float:
-    """Predict the time of a launch of the sm90 schedule, of one row set or of several: then what it takes to start is
-    counted once, and CTAs are taken to share all work evenly.
+    """Predict the time of a launch of the sm90 schedule: of one row set, or of several, of which the last one decides.
 
     Args:
         problems: the row sets.
         tile, chip, first: as for `seconds`.
     """
-    starts = experts_sm90.CONSTANTS.start + experts_sm90.CONSTANTS.tables * first
-    return sum(seconds(one, tile, chip, first) for one in problems) - (len(problems) - 1) * starts * 1e-6
+    if len(problems) == 1:
+        return seconds(problems[0], tile, chip, first)
+    shared = zip(problems, counts(problems, tile, chip, first), strict=True)
+    return max(_microseconds(*one, tile, chip, first) for one in shared) * 1e-6
 
 
 def seconds(problem: ExpertsProblem, tile: Tile, chip: Chip, first: bool) -> float:
