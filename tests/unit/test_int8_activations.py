@@ -129,7 +129,7 @@ def test_what_cannot_be_multiplied_is_named_and_nothing_changes() -> None:
         replace.multiply_with(model, "int8")
     assert model[0].activations == "16bit"
     with pytest.raises(
-        InputError, match=r"activations 'int7', did you mean 'int8'\?: use 16bit, fp8, int8 or int8:g128"
+        InputError, match=r"activations 'int7', did you mean 'int8'\?: use 16bit, 8bit, fp8, int8 or int8:g128"
     ):
         replace.multiply_with(model, "int7")
     for name, group_size, why in (
