@@ -97,8 +97,8 @@ SETTINGS: dict[str, Setting] = {
         Setting(
             name="TERSOR_VLLM_ACTIVATIONS",
             default="16bit",
-            parse=_one_of("16bit", "fp8", "int8", "int8:g128"),
-            expects="16bit, fp8, int8 or int8:g128",
+            parse=_one_of("16bit", "8bit", "fp8", "int8", "int8:g128"),
+            expects="16bit, 8bit, fp8, int8 or int8:g128",
             meaning="What packed weights are multiplied with in vLLM.",
         ),
         Setting(

@@ -39,7 +39,8 @@ def quantizing() -> list[KernelSource]:
         norms.norm_source("bfloat16", False, 5120, groups, 3),
     ]
     bytewise = [("float16", Activations.E4M3), ("bfloat16", Activations.E4M3), ("bfloat16", whole), ("float16", groups)]
-    return [*itertools.starmap(quantize_source, bytewise), *normed]
+    activated = [("float16", groups, 2), ("bfloat16", Activations.E4M3, 3)]
+    return [*itertools.starmap(quantize_source, [*bytewise, *activated]), *normed]
 
 
 def calibrating() -> list[KernelSource]:

@@ -15,6 +15,7 @@ from tersor.kernels import (
     deciding,
     decode_attention,
     dense,
+    experts,
     jit,
     mixed,
     norms,
@@ -23,6 +24,7 @@ from tersor.kernels import (
     sparse,
 )
 from tersor.kernels.jit import KernelSource, nvrtc
+from tersor.kernels.tune import experts as tune_experts
 from tersor.kernels.tune import sm90
 from tersor.kernels.tune import sparse as tune_sparse
 from tersor.layouts.packing import Packing
@@ -46,10 +48,15 @@ def whole(name: str) -> KernelSource:
         router = routing.Router(target="float16", float_weight=True, float_out=True, channels=4096)
         choice = routing.Choice(experts=60, top_k=4, biased=True, groups=4, top_groups=2)
         return deciding.source(deciding.Decider(router=router, choice=choice, norms=True), 1)
-    if name == "mixed/sm90_level.cuh":
+    if name in ("experts/fetch.cuh", "experts/sm90_cta.cuh", "experts/sm90_work.cuh"):
+        problem = tune_experts.ExpertsProblem.of(Packing.of(get_scheme("uint4", 64), "float16"), (1, 128, 128), 1, 1)
+        config = tune_experts.config(problem, sm90.Tile(16, 1, 4, 1, 1), chip_named("H200"))
+        return experts.source(Packing.of(get_scheme("uint4", 64), "float16"), "float16", config, 1, False)
+    if name.startswith("mixed/sm90_level"):
         packings = tuple(Packing.of(get_scheme(*level), "float16") for level in (("uint4", 64), ("int8", None)))
         source = mixed.source(packings, "float16", sm90.Tile(16, 1, 4, 1, 1), chip_named("H200"), 1)
-        return replace(source, parameters={**source.parameters, "LEVEL": 1})
+        number = {"LEVEL": 1} if name == "mixed/sm90_level.cuh" else {}
+        return replace(source, parameters={**source.parameters, **number})
     if name.startswith("sparse/"):
         tile = tune_sparse.tile_for(16, chip_named("H200"))
         return sparse.sparse_source(SparsePacking.of(get_scheme("fp8_e4m3"), "float16"), tile)

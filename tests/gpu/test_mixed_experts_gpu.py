@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers.mixes import IC, MIX, levels, matrix, mixed, pack
 
-from tersor import formats, ops
-from tersor.formats import Assignment
+from tersor import formats, hardware, ops
+from tersor.formats import Activations, Assignment, Mix, get_scheme
+from tersor.kernels.tune import experts as tune
 from tersor.layouts import MixedWeight, StackedMixedWeight, StackedWeight
 from tersor.layouts.gated import gated_rows
 from tersor.ops import Gate, grouped
@@ -31,11 +34,13 @@ def experts(form: Assignment, channels: Assignment) -> tuple[StackedMixedWeight,
     return StackedMixedWeight.stack(both), StackedMixedWeight.stack(downs)
 
 
-def on_gpu(weight: StackedMixedWeight, dtype: torch.dtype) -> StackedMixedWeight:
+def on_gpu(
+    weight: StackedMixedWeight, dtype: torch.dtype, activations: Activations = Activations.NATIVE
+) -> StackedMixedWeight:
     """Return the weights of experts on the GPU, every level in the layout for activations of a dtype."""
     device = torch.device("cuda")
     alone = StackedMixedWeight.stack([weight.expert(number).to(device) for number in range(weight.experts)])
-    return alone.to_layout(lambda scheme: ops.preferred_layout(scheme, dtype, device))
+    return alone.to_layout(lambda scheme: ops.preferred_layout(scheme, dtype, device, activations))
 
 
 def expected(
@@ -104,3 +109,57 @@ def test_a_mix_beside_one_scheme_is_multiplied_by_the_same_tables() -> None:
     assert float((got.double().cpu() - want).abs().max()) <= 4 * torch.finfo(torch.float16).eps * float(
         want.abs().max()
     )
+
+
+hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
+    reason="row sets of experts are one launch on compute capability 9.0",
+)
+INTEGERS = Mix((get_scheme("uint4", 32), get_scheme("int8")))
+FLOATS = Mix((get_scheme("fp5_e2m2"), get_scheme("fp6_e2m3")))
+FOUR = Mix(tuple(get_scheme(name) for name in ("fp4_e2m1", "fp5_e2m2", "fp6_e2m3", "int8")))
+KINDS = [
+    (MIX, Activations.NATIVE),
+    (FOUR, Activations.NATIVE),
+    (INTEGERS, Activations.INT8),
+    (FLOATS, Activations.E4M3),
+]
+
+
+@hopper
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("mix", "activations"), KINDS)
+def test_every_tile_of_one_launch_gives_what_a_launch_a_level_gives(
+    mix: Mix, activations: Activations, dtype: torch.dtype, launched: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every tile in both products, on all CTAs and on thirteen; the same bits every time."""
+    layer = experts(levels(IC, 3, mix=mix), levels(INNER, 4, mix=mix))
+    gate_up, down = (on_gpu(weight, dtype, activations) for weight in layer)
+    biases = {"gate_up_bias": rows(EXPERTS, gate_up.shape[1], dtype=dtype, seed=5) / 4}
+    chip = hardware.of_device(0)
+    for tokens in (1, 5, 16, 33, 200, 700):
+        x, logits = rows(tokens, IC, dtype=dtype, seed=tokens), rows(tokens, EXPERTS, dtype=torch.float32, seed=7)
+        with ops.using(batch_invariant=True):
+            launched.clear()
+            wanted = ops.routed_experts(x, logits, gate_up, down, TOP_K, **biases)
+            assert sum("experts_sm90" in name for name in launched) == 2 * len(mix.levels)
+        problems = [grouped.problems_of(weight, tokens, TOP_K, False) for weight in (gate_up, down)]
+        for tile in tune.common_tiles(problems[0]):
+            for sms in (chip.sms, 13):
+                few = replace(chip, sms=sms)
+                chosen = [tuple(tune.config(one, tile, few) for one in of) for of in problems]
+                grouped.forget()
+                with monkeypatch.context() as patch:
+                    patch.setattr(tune, "choose_sets", lambda *_, chosen=chosen: chosen)
+                    patch.setattr(tune, "counts", lambda *of, few=few, counts=tune.counts: counts(*of[:2], few, of[3]))
+                    results = []
+                    for _ in range(3):
+                        launched.clear()
+                        results.append(ops.routed_experts(x, logits, gate_up, down, TOP_K, **biases))
+                        assert sum("experts_mixed_sm90" in name for name in launched) == 2
+                        assert not any("experts_sm90" in name for name in launched)
+                assert all(torch.equal(result, results[0]) for result in results), tile
+                close = 2e-2 if dtype is torch.bfloat16 else 4e-3
+                most = float(wanted.double().abs().max())
+                assert float((results[0].double() - wanted.double()).abs().max()) <= close * most, (tile, sms)
+    grouped.forget()

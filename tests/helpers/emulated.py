@@ -21,13 +21,17 @@ REPLACED = {
     "common/launch.cuh": "emulated.hpp",
     "attention/instructions.cuh": "emulated.hpp",
     "small/flags.cuh": "emulated.hpp",
+    "experts/fetch.cuh": "emulated_mixed.hpp",
     "experts/words.cuh": "emulated_block.hpp",
     "common/wgmma.cuh": "emulated_mixed.hpp",
     "attention/sm90_instructions.cuh": "emulated_sm90.hpp",
     "sparse/instructions.cuh": "emulated_mixed.hpp",
 }
 """Headers, and what has all of them that is used."""
-EXTERN = {"mixed/sm90_mixed.cuh", "sparse/sm90_decompress.cuh", "sparse/sm90_sparse.cuh"}
+EXTERN = {
+    *("experts/sm90_experts.cuh", "experts/sm90_mixed.cuh", "mixed/sm90_mixed.cuh"),
+    *("sparse/sm90_decompress.cuh", "sparse/sm90_sparse.cuh"),
+}
 """Headers whose dynamic shared memory has a name of its own."""
 SLOTS = (
     "extern __shared__ __align__(1024) char slots[];",
@@ -104,7 +108,7 @@ def _translation(source: KernelSource, arch: int) -> str:
     language = "emulated.hpp" if source.header.startswith("attention/") else "emulated_block.hpp"
     if source.header.startswith("attention/sm90"):
         language = "emulated_sm90.hpp"
-    elif source.header.startswith(("mixed/", "sparse/")):
+    elif source.header.startswith(("experts/sm90", "mixed/", "sparse/")):
         language = "emulated_mixed.hpp"
     names = [f"a{i}" for i in range(len(source.arguments))]
     given = [

@@ -9,7 +9,6 @@
 #define __restrict__
 
 struct int2 { int x, y; };
-struct int4 { int x, y, z, w; };
 
 inline u32 max(u32 a, u32 b) { return a > b ? a : b; }
 inline u64 max(u64 a, u64 b) { return a > b ? a : b; }

@@ -306,7 +306,8 @@ inline void send(const Box& box) {
 inline void tensor_copy(u32 shared, const void* map, int column, int row, u32 barrier) {
     Map from;
     memcpy(&from, map, sizeof from);
-    if (shared % 1024 || from.address % 16 || from.stride % 8) fail("a box is not aligned", shared);
+    const u32 aligned = from.box_rows == 1 ? 128 : 1024;  // addresses decide on the swizzle, so a row may stand anywhere
+    if (shared % aligned || from.address % 16 || from.stride % 8) fail("a box is not aligned", shared);
     if (row < 0 || row >= from.rows || column < 0 || column >= from.columns) fail("a box outside its tensor", row);
     memset(attention_memory + shared, 255, from.box_rows * 128);
     send({shared, barrier, from, column, row});

@@ -58,7 +58,7 @@ SMALL = Mix((get_scheme("uint3", 32), get_scheme("fp5_e2m2"), get_scheme("int8")
 
 
 def compressed(
-    kind: str, directory: Path, ignore: Sequence[str] = (), **config: Any
+    kind: str, directory: Path, ignore: Sequence[str] = (), mix: Mix = SMALL, **config: Any
 ) -> tuple[Path, Path, dict[str, Assignment]]:
     """Save a small model and a mix of it by random levels; return both directories and the levels of every module.
 
@@ -67,15 +67,15 @@ def compressed(
     source = packed_models.plain(kind, directory / "model", **config)
     found = mixable(source, ignore=ignore)
     assignments = {
-        name: levels(rows, zlib.crc32(name.replace("up_proj", "gate_proj").encode()), mix=SMALL)
+        name: levels(rows, zlib.crc32(name.replace("up_proj", "gate_proj").encode()), mix=mix)
         for name, (rows, _) in found.scored.items()
         if name not in found.experts
     }
     for name, shared in found.experts.items():
-        drawn = levels(shared.channels, zlib.crc32(name.encode()), mix=SMALL)
+        drawn = levels(shared.channels, zlib.crc32(name.encode()), mix=mix)
         chosen = {part_name(name, 0): np.frombuffer(drawn.level, dtype=np.uint8)}
         spread = shared.spread(name, chosen)
-        assignments |= {module: Assignment(SMALL, level.tobytes()) for module, level in spread.items()}
+        assignments |= {module: Assignment(mix, level.tobytes()) for module, level in spread.items()}
     quantize(source, directory / "mixed", assignments=assignments, ignore=ignore)
     return source, directory / "mixed", assignments
 

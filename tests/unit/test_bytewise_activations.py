@@ -79,7 +79,7 @@ def test_what_cannot_be_multiplied_is_named_and_nothing_changes(
     with pytest.raises(UnsupportedError, match=rf"^1: {near}"):
         replace.multiply_with(model, kind)
     assert model[0].activations == "16bit"
-    said = rf"activations '{misspelt}', did you mean '{kind}'\?: use 16bit, fp8, int8 or int8:g128"
+    said = rf"activations '{misspelt}', did you mean '{kind}'\?: use 16bit, 8bit, fp8, int8 or int8:g128"
     with pytest.raises(InputError, match=said):
         replace.multiply_with(model, misspelt)
     with pytest.raises(UnsupportedError, match="group size 16 is not a multiple of 32"):

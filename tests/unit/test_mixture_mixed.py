@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from helpers.fakes import FakeGpu, pretended
 from tersor import ops
 from tersor.errors import ShapeError
 from tersor.formats import Assignment, Mix, get_scheme
+from tersor.formats.mix import MOST_LEVELS
 from tersor.layouts import MixedWeight, StackedMixedWeight, StackedWeight
 from tersor.layouts.gated import separate
 from tersor.ops import Gate, grouped
@@ -104,14 +106,15 @@ def uniform(rows: int, ic: int) -> StackedWeight:
 
 @pytest.mark.parametrize("gpu", ["NVIDIA H200", "NVIDIA A100"], indirect=True)
 @pytest.mark.parametrize("tokens", [3, 300])
-def test_every_level_is_a_launch_by_the_same_tables(
+def test_every_level_is_a_launch_by_the_same_tables_on_older_gpus_and_where_asked_for_invariance(
     gpu: FakeGpu, layer: tuple[StackedMixedWeight, StackedMixedWeight], tokens: int
 ) -> None:
     gate_up, down = (weight.to_layout(lambda _: "tiles_float16") for weight in layer)
     x, _, _ = inputs(tokens, torch.float16)
-    for _ in range(2):
-        gpu.launches.clear()
-        ops.routed_experts(x, torch.randn(tokens, EXPERTS), gate_up, down, 2, **biases(torch.float16))
+    with ops.using(batch_invariant=gpu.chips[0].capability == (9, 0)):
+        for _ in range(2):
+            gpu.launches.clear()
+            ops.routed_experts(x, torch.randn(tokens, EXPERTS), gate_up, down, 2, **biases(torch.float16))
     products = [launch for launch in gpu.launches if "experts_sm" in launch.kernel]
     route, combine = gpu.launches[0], gpu.launches[-1]
     assert [launch["weight"] for launch in products] == [one.data.data_ptr() for one in (*gate_up.sets, *down.sets)]
@@ -119,6 +122,32 @@ def test_every_level_is_a_launch_by_the_same_tables(
     assert all(len({launch["y"] for launch in of}) == 3 for of in (products[:3], products[3:]))
     assert all(launch["bias"] for launch in products)
     assert len(gpu.launches) - len(products) in (2, 3)  # tokens are put in order once, where they are
+
+
+@pytest.mark.parametrize("tokens", [3, 300])
+def test_all_levels_are_one_launch_whose_results_go_where_they_belong(
+    gpu: FakeGpu, layer: tuple[StackedMixedWeight, StackedMixedWeight], tokens: int
+) -> None:
+    gate_up, down = (weight.to_layout(lambda _: "tiles_float16") for weight in layer)
+    x, _, _ = inputs(tokens, torch.float16)
+    own = biases(torch.float16)
+    for _ in range(2):
+        gpu.launches.clear()
+        ops.routed_experts(x, torch.randn(tokens, EXPERTS), gate_up, down, 2, **own)
+    route, *gathered, first, second, combine = gpu.launches
+    assert len(gathered) <= 1 and all("gather" in launch.kernel for launch in gathered)
+    assert combine["y"] == second["y"] and {first["order"], second["order"]} == {route["order"]}
+    for launch, weight, bias in zip((first, second), (gate_up, down), own.values(), strict=True):
+        assert "experts_mixed_sm90" in launch.kernel and launch.programmatic
+        pointers = struct.unpack(f"@{2 * MOST_LEVELS}Q", launch["sets"])
+        held = [address for one in weight.sets for address in (one.data.data_ptr(), one.scale.data_ptr())]
+        assert list(pointers) == [*held, *[0] * (2 * MOST_LEVELS - 6)]
+        shares = struct.unpack("@32i", launch["shares"])
+        assert shares[0:12:4] == tuple(one.shape[1] for one in weight.sets)
+        assert 0 < shares[1] < shares[5] < shares[9] == launch.grid[0] and set(shares[13::4]) == {shares[9]}
+        assert weight.features is not None and launch["features"] == weight.features.data_ptr()
+        assert launch["bias"] == bias.data_ptr() and launch["bias_rows"] == weight.shape[1]
+    assert first["outputs"] == INNER and second["outputs"] == HIDDEN
 
 
 def test_a_mix_beside_one_scheme_is_multiplied_too(
@@ -129,7 +158,8 @@ def test_a_mix_beside_one_scheme_is_multiplied_too(
     x, index, weights = inputs(4, torch.float16)
     assert not grouped.obstacle(x, gate_up, down) and not ops.experts_obstacle(x, gate_up, down)
     ops.experts(x, gate_up, down, index, weights)
-    assert sum("experts_sm90" in launch.kernel for launch in gpu.launches) == 4
+    kinds = [launch.kernel for launch in gpu.launches if "experts" in launch.kernel and "sm90" in launch.kernel]
+    assert ["experts_mixed_sm90" in kind for kind in kinds] == [True, False]
     stream = layer[0]
     assert "lie in stream" in grouped.obstacle(x, stream, down)
 
@@ -145,4 +175,6 @@ def test_activations_are_quantised_once_for_all_levels(gpu: FakeGpu) -> None:
     x, index, weights = inputs(4, torch.float16)
     ops.experts(x, gate_up, down, index, weights)
     kinds = ["quantize" in launch.kernel for launch in gpu.launches]
-    assert sum(kinds) == 2 and sum("experts_sm90" in launch.kernel for launch in gpu.launches) == 3
+    assert sum(kinds) == 2 and sum("_sm90_" in launch.kernel for launch in gpu.launches) == 2
+    first, second = (launch for launch in gpu.launches if "_sm90_" in launch.kernel)
+    assert first["x_scale"] and second["x_scale"]

@@ -122,7 +122,7 @@ def test_kernels_of_every_row_set_are_compiled_ahead(
     assert {source.name for source in asked - before} == set()
     for scheme in SMALL.levels:
         assert any(scheme.format.name in source.name for source in asked), scheme.key()
-        named = [source.name for source in asked if "experts_sm90" in source.name]
+        named = [source.name for source in asked if "experts_mixed_sm90" in source.name]
         assert any(scheme.format.name in name for name in named) == (kind == "qwen3_moe")
 
 

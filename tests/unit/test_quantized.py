@@ -15,13 +15,16 @@ from tersor import ops
 from tersor.compress import quantize_rtn
 from tersor.errors import ShapeError
 from tersor.formats import Activations, get_scheme
+from tersor.hardware import CHIPS
 from tersor.layouts import PackedWeight
 from tersor.models.decoder import Decoder
 from tersor.models.random import random_decoder
-from tersor.ops import Gate, Rows, dispatch
+from tersor.models.weights import Activated, FeedForward, GatedProduct, Product
+from tersor.ops import Gate, Rows, dispatch, needed_small
 from tersor.ops.quantized import common_activations
 
 gpu = pretended("NVIDIA H200")
+H200 = CHIPS["NVIDIA H200"]
 
 
 def packed(oc: int, ic: int) -> PackedWeight:
@@ -159,3 +162,44 @@ def test_of_many_rows_that_a_norm_makes_e4m3_of_four_warps_of_a_cta_have_one_eac
 def test_a_gpu_without_such_products_does_not_quantise(gpu: FakeGpu) -> None:
     x, weight = torch.randn(3, 96).half(), torch.ones(96).half()
     assert not ops.takes_quantized(x, (packed(32, 96),), weight)
+
+
+@pytest.mark.parametrize("activations", [Activations.E4M3, Activations.INT8, Activations.INT8_GROUPS])
+@pytest.mark.parametrize("gate", [Gate.SILU, Gate.CLAMPED, None])
+def test_rows_of_an_activation_are_those_of_two_steps(gate: Gate | None, activations: Activations) -> None:
+    x = torch.randn(5, 64 if gate is None else 128).half()
+    made = ops.activated_quantized(x, gate, activations)
+    expected = ops.Quantized.of(ops.relu(x) if gate is None else ops.gated(x, gate), activations)
+    assert torch.equal(made.codes.view(torch.uint8), expected.codes.view(torch.uint8))
+    assert torch.equal(made.scales, expected.scales) and made.dtype == x.dtype
+    assert ops.takes_activated(x, (packed(32, 64),), gate) is None, "no GPU"
+    with pytest.raises(ShapeError, match=r"^activated_quantized: x is \[128\]"):
+        ops.activated_quantized(x[0, :1].expand(128), gate, activations)
+
+
+@pytest.mark.parametrize("name", ["opt", "llama"])
+def test_an_activation_that_is_a_launch_of_its_own_quantises(
+    gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Relu has no place in a product's epilogue, nor has a gate whose halves have different schemes."""
+    decoder = decoder_of("opt") if name == "opt" else apart(decoder_of("llama"))
+    logits_of(decoder)
+    ending = "_relu" if name == "opt" else "_g1"
+    quantised = [launch.kernel.endswith(ending) for launch in gpu.launches if "quantize_act" in launch.kernel]
+    assert quantised == [False, True] * 2, "what attention leaves, and what stands ahead of down"
+    assert not any(launch.kernel.startswith(("tersor_relu", "tersor_gate")) for launch in gpu.launches)
+    number = next(number for number, launch in enumerate(gpu.launches) if launch.kernel.endswith(ending))
+    made, product = gpu.launches[number : number + 2]
+    assert product["x_map"].address == made["codes"] and product["x_scale"] == made["scales"]
+    found = needed_small.activation(256, torch.bfloat16, None if name == "opt" else Gate.SILU, H200, (packed(32, 256),))
+    assert made.kernel in {source.name for source in found}
+
+
+def apart(decoder: Decoder) -> Decoder:
+    """The same decoder, whose gates and ups are one behind the other and become one in a launch of their own."""
+    layers = []
+    for layer in decoder.layers:
+        assert isinstance(layer.ffn, FeedForward) and isinstance(layer.ffn.up, GatedProduct)
+        up = Activated(Product(layer.ffn.up.weight), layer.ffn.up.gate)
+        layers.append(replace(layer, ffn=FeedForward(up, layer.ffn.down)))
+    return Decoder(decoder.config, decoder.embedding, layers, decoder.norm, decoder.head)

@@ -11,7 +11,8 @@ from helpers.emulated import COMPILER, Emulated
 
 from tersor import ops
 from tersor.formats import Activations
-from tersor.kernels import norms, quantizing
+from tersor.kernels import norms, quantizing, small
+from tersor.ops import Gate
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
 
@@ -63,12 +64,14 @@ def quantised(
     order: torch.Tensor | None = None,
     top_k: int = 1,
     activations: Activations = Activations.E4M3,
+    gate: int = 0,
+    relu: bool = False,
 ) -> list[torch.Tensor]:
-    """The codes, as bytes, and the scales that the kernel makes of rows."""
-    n, ic = len(x if order is None else order), x.shape[1]
+    """The codes, as bytes, and the scales that the kernel makes of rows, or of what an activation makes of them."""
+    n, ic = len(x if order is None else order), x.shape[1] // (2 if gate else 1)
     row = quantizing.codes_stride(ic)
     memory = torch.full((quantizing.quantized_bytes(n, ic, activations),), 0x5A, dtype=torch.uint8)
-    function = Emulated(quantizing.quantize_source(NAMES[x.dtype], activations), folder, 900)
+    function = Emulated(quantizing.quantize_source(NAMES[x.dtype], activations, gate, relu), folder, 900)
     launch = quantizing.prepare_quantize(function, n=n, ic=ic, activations=activations)  # type: ignore[arg-type]
     places = {"x": x.data_ptr(), "codes": memory.data_ptr(), "order": 0 if order is None else order.data_ptr()}
     assert launch(stream=0, x_stride=x.stride(0), top_k=top_k, **places) == memory.data_ptr() + n * row
@@ -181,3 +184,30 @@ def test_rows_of_pairs_are_those_of_their_tokens(folder: Path) -> None:
     of_tokens, of_tokens_scales = quantised(x, folder)
     tokens = order.long() // 2
     assert torch.equal(codes, of_tokens[tokens]) and torch.equal(scales, of_tokens_scales[tokens])
+
+
+@pytest.mark.parametrize("activations", BYTEWISE)
+@pytest.mark.parametrize(
+    ("gate", "channels", "dtype"),
+    [
+        (Gate.SILU, 264, torch.float16),
+        (Gate.GELU_TANH, 4096, torch.bfloat16),
+        (Gate.GELU, 136, torch.float16),
+        (Gate.CLAMPED, 33000, torch.bfloat16),
+        (None, 264, torch.bfloat16),
+    ],
+)
+def test_an_activation_that_quantises_gives_the_bits_of_an_activation_and_of_quantising(
+    gate: Gate | None, channels: int, dtype: torch.dtype, activations: Activations, folder: Path
+) -> None:
+    """Rows of gate and up lie in longer ones; those that fit in no registers are made twice."""
+    x, number = rows_of(4, channels * (1 if gate is None else 2), dtype), int(gate or 0)
+    given, alone = x.contiguous(), torch.empty(4, channels, dtype=dtype)
+    function = Emulated(small.pointwise_source(NAMES[dtype], number, False), folder, 900)
+    launch = small.prepare_pointwise(function, rows=4, channels=channels, cap=0.0)  # type: ignore[arg-type]
+    launch(stream=0, x=given.data_ptr(), out=alone.data_ptr(), early=True)
+    expected_codes, expected_scales = quantised(alone, folder, activations=activations)
+    for rows in (x, given):
+        codes, scales = quantised(rows, folder, activations=activations, gate=number, relu=gate is None)
+        assert torch.equal(codes, expected_codes)
+        assert torch.equal(scales.contiguous().view(torch.int32), expected_scales.contiguous().view(torch.int32))

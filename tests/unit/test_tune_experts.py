@@ -9,13 +9,16 @@ from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
-from tersor.formats import Activations
+from tersor.formats import Activations, Scheme, get_scheme
 from tersor.hardware import CHIPS, Chip
 from tersor.kernels.tune import experts as tune
 from tersor.kernels.tune import experts_sm80, experts_sm90
+from tersor.kernels.tune.forecast import GATHERED, experts_seconds
+from tersor.layouts.packing import BYTEWISE, Packing
 
 OLDER = CHIPS["NVIDIA A100"]
 CHIP = CHIPS["NVIDIA H200"]
@@ -200,3 +203,44 @@ def test_a_judged_sweep_says_what_was_taken_and_what_was_best(
     assert "best 192x112k1r1 525.0, 192x112k1r1 257.0" in said
     assert "takes 128x176k1r1, 128x176k1r1, which were not timed" in said
     assert said.splitlines()[-1].startswith("mean loss ")
+
+
+def mixture(*names: str, rows: tuple[int, ...], tokens: int, activations: Activations = Activations.NATIVE) -> Any:
+    """The row sets of a mix of 64 experts, of which a token has 8."""
+    target = BYTEWISE.get(activations, "float16")
+    pairs = zip(names, rows, strict=True)
+    return tuple(
+        tune.ExpertsProblem.of(Packing.of(scheme_of(name), target), (64, count, 2048), tokens, 8, activations)
+        for name, count in pairs
+    )
+
+
+def scheme_of(name: str) -> Scheme:
+    return get_scheme(name, 128) if name == "uint4" else get_scheme(name)
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 300, 8192])
+@pytest.mark.parametrize("activations", [Activations.NATIVE, Activations.INT8])
+def test_row_sets_of_one_launch_have_one_tile_and_ctas_by_what_they_cost(tokens: int, activations: Activations) -> None:
+    ups = mixture("uint4", "int8", rows=(1843, 205), tokens=tokens, activations=activations)
+    downs = mixture("uint4", "int8", rows=(900, 124), tokens=tokens, activations=activations)
+    chosen = tune.choose_sets(ups, downs, CHIP)
+    for problems, configs in zip((ups, downs), chosen, strict=True):
+        assert tune.together(problems, CHIP) and len({config.tile for config in configs}) == 1
+        assert configs[0].tile in tune.common_tiles(problems)
+        many, few = tune.counts(problems, configs[0].tile, CHIP, problems is ups)
+        assert many + few == configs[0].ctas and many >= few > 0, "nine of ten rows, of half as many bits"
+    assert len({config.tile.tokens for configs in chosen for config in configs}) == 1
+    apart = sum(tune.predicted_seconds((up,), (down,), CHIP) for up, down in zip(ups, downs, strict=True))
+    assert 0.5 * apart < experts_seconds(ups, downs, CHIP) < 1.05 * (apart + 2 * GATHERED), "nothing is gathered"
+
+
+def test_row_sets_are_launches_of_their_own_elsewhere() -> None:
+    sets = mixture("uint4", "int8", rows=(128, 128), tokens=4)
+    assert tune.together(sets, CHIP) and not tune.together(sets[:1], CHIP)
+    assert not tune.together(sets, OLDER)
+    assert not tune.together(tuple(replace(one, batch_invariant=True) for one in sets), CHIP)
+    tiny = tuple(replace(one, oc=1) for one in sets * 4)
+    config = tune.config(tiny[0], tune.common_tiles(tiny)[0], CHIP)
+    ctas = tune.counts(tiny, config.tile, CHIP, False)
+    assert min(ctas) > 0 and sum(ctas) == config.ctas

@@ -79,7 +79,7 @@ def command(
     from tersor.planner.placement import Placement
     from tersor.server import batch
 
-    Activations.of(activations)
+    Activations.check(activations)
     given = planned.placement(model, revision, placement, plan)
     placed = Placement.read(given) if isinstance(given, str) else given
     if placed is not None and placed.data > 1:

@@ -75,6 +75,7 @@ def command(
     from tersor.bench.vllm import variants as rivals
     from tersor.formats import Activations
     from tersor.models import geometries
+    from tersor.ops import activations_for
 
     names = models or [MODEL]
     pages = EngineConfig(
@@ -95,7 +96,8 @@ def command(
     check_ranks(pages, names, against)
     for name in names:
         geometries.geometry(name)
-    multiplied = Activations.of(activations)
+    packed = [scheme for scheme in (*(scheme for _, scheme in kinds), head) if scheme is not None]
+    multiplied = activations_for(activations, packed)
     named = rivals.named(against)
     if prefill is not None and not named:
         raise InputError("--prefill is timed of rivals: name one in --against")
@@ -120,7 +122,8 @@ def command(
     from tersor.bench import timing
     from tersor.engine import workers
 
-    facts: dict[str, Any] = {"dtype": dtype, "kv_dtype": kv_dtype, "activations": activations, "read_bandwidth": None}
+    facts: dict[str, Any] = {"dtype": dtype, "kv_dtype": kv_dtype, "activations": str(multiplied)}
+    facts["read_bandwidth"] = None
     team = workers.Team(workers.Seat(torch.device("cuda")))
     if pages.ranks > 1:
         placed = pages.placed(len(geometries.geometry(names[0]).layers))
@@ -171,7 +174,7 @@ def command(
                     told=_told,
                     head=scheme if head_format is None else head,
                     sparsity=part,
-                    activations=activations,
+                    activations=multiplied,
                 )
                 shown = label if part is None else f"{label}:s{100 * part:g}"
                 shown = shown if head_format in (None, label) else f"{shown}/{head_format}"

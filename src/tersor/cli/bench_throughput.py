@@ -74,6 +74,7 @@ def command(
     from tersor.bench.vllm import variants as rivals
     from tersor.formats import Activations
     from tersor.models.config import DecoderConfig
+    from tersor.ops import activations_for
 
     orders = [one.strip() for one in order.split(",")]
     for one in orders:
@@ -81,12 +82,12 @@ def command(
     sizes = _sizes(size or [])
     scheme = None if format == PLAIN else bench.schemes([format], [])[0]
     head = scheme if head_format is None else None if head_format == PLAIN else bench.schemes([head_format], [])[0]
-    multiplied = Activations.of(activations)
+    multiplied = activations_for(activations, [one for one in (scheme, head) if one is not None])
     named = rivals.named(against)
     config = EngineConfig(
         device=device,
         dtype=dtype,
-        activations=activations,
+        activations=str(multiplied),
         kv_dtype=kv_dtype,
         max_rows=max_rows,
         max_step_tokens=max_step_tokens,

@@ -19,7 +19,7 @@ def command(
         str | None, typer.Option(metavar="NAME", help="Compile for this GPU, such as h200, not for those here.")
     ] = None,
     activations: Annotated[
-        str, typer.Option(help="16bit, fp8, int8 or int8:g128, as `--activations` elsewhere.")
+        str, typer.Option(help="16bit, 8bit, fp8, int8 or int8:g128, as `--activations` elsewhere.")
     ] = "16bit",
     fuse: Annotated[bool, typer.Option("--fuse", help="Compile what joined layers need, too: gate with up.")] = False,
     dtype: Annotated[str, typer.Option(help="Of the engine's activations: auto, float16 or bfloat16.")] = "auto",
@@ -41,7 +41,7 @@ def command(
 
     config = EngineConfig(
         dtype=dtype,
-        activations=str(Activations.of(activations)),
+        activations=Activations.check(activations),
         kv_dtype=kv_dtype,
         max_rows=1,
         max_step_tokens=max_step_tokens,

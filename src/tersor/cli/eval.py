@@ -53,7 +53,8 @@ def command(
         typer.Option(help="float32, float16, bfloat16; auto: float32 on a CPU, the checkpoint's on a GPU."),
     ] = "auto",
     activations: Annotated[
-        str, typer.Option(help="16bit; fp8, int8, int8:g128: linears quantise activations so.")
+        str,
+        typer.Option(help="16bit; fp8, int8, int8:g128: linears quantise activations so; 8bit: int8 or fp8."),
     ] = "16bit",
     kv_dtype: Annotated[
         str | None,

@@ -62,7 +62,7 @@ def command(
         raise InputError(f"cuda graph {cuda_graph!r}{near}: use auto, on or off")
     if samples < 1:
         raise InputError(f"samples is {samples}: it must be at least 1")
-    Activations.of(activations)
+    Activations.check(activations)
     sampling = engine.Sampling(
         temperature=temperature,
         top_k=top_k,

@@ -50,7 +50,10 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[
     str, typer.Option(help="float32, float16, bfloat16; auto: float32 on a CPU, the checkpoint's on a GPU.")
 ]
-Activations = Annotated[str, typer.Option(help="16bit; fp8, int8, int8:g128: linears quantise activations so.")]
+Activations = Annotated[
+    str,
+    typer.Option(help="16bit; fp8, int8, int8:g128: linears quantise activations so; 8bit: int8 or fp8."),
+]
 KvDtype = Annotated[str, typer.Option(help="Keys and values: auto, float16, bfloat16, float32 or fp8.")]
 MaxLength = Annotated[int | None, typer.Option(help="Tokens of the longest text; else the model's context.")]
 MaxRows = Annotated[int, typer.Option(help="Requests of a step at most.")]

@@ -62,7 +62,7 @@ def command(
     from tersor.integrations.transformers import load
     from tersor.server import serving
 
-    Activations.of(activations)
+    Activations.check(activations)
     server = ServerOptions(
         host=host,
         port=port,

@@ -15,16 +15,16 @@ import torch
 from tersor.checkpoint.source import Source
 from tersor.engine.config import MANY_ROWS, EngineConfig
 from tersor.errors import CheckpointError, UnsupportedError
-from tersor.formats import Activations, float_dtype_or_auto
+from tersor.formats import float_dtype_or_auto
 from tersor.hardware import Chip
 from tersor.kernels.jit import KernelSource, arch_for, compile_many, missing
 from tersor.models.decoder import Decoder
 from tersor.models.kernels import Steps, kernels_of
-from tersor.models.load import check_placed, described, usual_dtype
+from tersor.models.load import check_placed, described, multiplied, usual_dtype
 from tersor.models.outline import outline
 from tersor.ops import warm
 from tersor.ops.attention_form import PAGE
-from tersor.ops.dispatch import kernel_chip
+from tersor.ops.dispatch import activations_for, kernel_chip
 from tersor.planner.placement import Place
 
 _log = logging.getLogger("tersor")
@@ -50,7 +50,8 @@ def kernels(model: Source, config: EngineConfig, chip: Chip, place: Place | None
     """
     decoder, names, _, schemes = described(model)
     dtype = float_dtype_or_auto(config.dtype) or usual_dtype(model, torch.device("cuda"))
-    parts = outline(decoder, names, schemes, dtype, Activations.of(config.activations), place)
+    activations = activations_for(config.activations, multiplied(decoder, names, schemes), chip)
+    parts = outline(decoder, names, schemes, dtype, activations, place)
     draws = place is None or (place.last and place.rank == 0)
     return kernels_of(parts, steps_of(config, decoder.context, draws=draws), chip)
 

@@ -33,7 +33,7 @@ class EngineConfig:
     Attributes:
         device: auto, cpu, cuda or cuda:N; of several ranks that of the first, and the GPUs behind it are the others'.
         dtype: of activations: auto (that of the checkpoint on a GPU, float32 on a CPU), float16, bfloat16 or float32.
-        activations: what linears multiply: 16bit, fp8, int8 or int8:g128.
+        activations: what linears multiply: 16bit, 8bit (int8 or fp8, as weights are), fp8, int8 or int8:g128.
         kv_dtype: what keys and values are kept in, one of `KV_DTYPES`.
         max_length: tokens of the longest text, prompt and answer; `None` is the model's context.
         max_rows: requests of a step at most; `None` is `MANY_ROWS`, or fewer where what rows take would be much of the

@@ -6,13 +6,14 @@ import gc
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
 import torch
 
 from tersor import nn
+from tersor.checkpoint.source import read_config
 from tersor.errors import InputError, TersorError
 from tersor.evaluate.compare import Comparison, compare
 from tersor.evaluate.noise import RoundedInputs
@@ -20,8 +21,9 @@ from tersor.evaluate.predictors import EngineModel, Predictor, TransformersModel
 from tersor.evaluate.quality import Quality, evaluate
 from tersor.evaluate.subjects import Subject
 from tersor.evaluate.windows import cut_windows
-from tersor.formats import Activations, dtype_name
+from tersor.formats import dtype_name
 from tersor.integrations.transformers import load
+from tersor.ops import activations_for, kernel_chip, warm
 
 KIND, VERSION = "tersor eval", 1
 """Of what `tersor eval` writes as JSON, for who reads it again."""
@@ -165,6 +167,7 @@ class Judge:
             UnsupportedError: the engine does not run a model that is to run in it.
             TersorError: too little memory, or logits that are not finite.
         """
+        subjects = [self._settled(one) for one in subjects]
         everyone = [*subjects, *([reference] if reference is not None else [])]
         engine = any(one.kv_dtype is not None for one in everyone)
         windows = {name: self._windows(name) for name in dict.fromkeys(one.name for one in everyone)}
@@ -190,6 +193,12 @@ class Judge:
         if reference is not None and base is not None:
             origin = self._judged(reference, base, windows[reference.name], _own(models[0].quality))
         return Judgement(models=models, reference=origin, noise_floor=floor)
+
+    def _settled(self, one: Subject) -> Subject:
+        """Return a model with the kind of activations that its formats choose where it asks for 8 bits."""
+        schemes, _ = warm.needs(read_config(self.found[one.name].directory))
+        chosen = activations_for(one.activations, schemes, kernel_chip(self.device))
+        return replace(one, activations=str(chosen))
 
     def _windows(self, name: str) -> torch.Tensor:
         tokenizer = load.load_tokenizer(self.found[name].directory, trust_remote_code=self.trust_remote_code)
@@ -252,7 +261,7 @@ def _same(one: Subject, other: Subject | None) -> bool:
     return other is not None and _computed(one) == _computed(other)
 
 
-def _computed(one: Subject) -> tuple[str, Activations, str]:
+def _computed(one: Subject) -> tuple[str, str, str]:
     return one.name, one.activations, one.kv_dtype or "auto"
 
 

@@ -19,13 +19,13 @@ class Subject:
 
     Attributes:
         name: a checkpoint directory or a hub id.
-        activations: what packed linears multiply with.
+        activations: what packed linears multiply with; `8bit` becomes one kind where the checkpoint is known.
         kv_dtype: of keys and values in the engine, one of `engine.config.KV_DTYPES`; `None` asks for no engine.
         way: what stands behind @, as it was given; empty where nothing does.
     """
 
     name: str
-    activations: Activations = Activations.NATIVE
+    activations: str = Activations.NATIVE
     kv_dtype: str | None = None
     way: str = ""
 
@@ -76,13 +76,13 @@ def subject(text: str, *, activations: Activations | str = Activations.NATIVE, k
         except InputError as error:
             raise InputError(f"{text!r}: {error}") from None
     multiplied, kept = given.get("activations", activations), given.get("kv-dtype", kv_dtype)
-    one = Subject(name=name, activations=Activations.of(multiplied), kv_dtype=kept, way=way)
+    one = Subject(name=name, activations=Activations.check(multiplied), kv_dtype=kept, way=way)
     _ = one.pages  # refuses what keys and values cannot be kept in
     return one
 
 
 _CHECKS: dict[str, Callable[[str], object]] = {
-    "activations": Activations.of,
+    "activations": Activations.check,
     "kv-dtype": lambda value: EngineConfig(kv_dtype=value),
 }
 """Option of a way of running -> what refuses a wrong value of it."""

@@ -1,6 +1,6 @@
 """What does this bit pattern mean? Element formats, scales, exact encode and decode, tolerances."""
 
-from tersor.formats.activations import Activations
+from tersor.formats.activations import EIGHT_BIT, Activations
 from tersor.formats.dtypes import FLOAT_DTYPES, dtype_name, float_dtype, float_dtype_or_auto
 from tersor.formats.element import ElementFormat, get, names
 from tersor.formats.encoded import Encoded, Objective, dequantize
@@ -19,6 +19,7 @@ from tersor.formats.sparse import Plain, Pruned, Sparse, Values, mask_bytes, pla
 from tersor.formats.tolerance import product_tolerance
 
 __all__ = [
+    "EIGHT_BIT",
     "FLOAT_DTYPES",
     "MOST_LEVELS",
     "SCALE_DTYPES",

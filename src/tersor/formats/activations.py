@@ -8,6 +8,9 @@ import torch
 
 from tersor.errors import InputError, did_you_mean
 
+EIGHT_BIT = "8bit"
+"""Stands for `int8` or `fp8`, whichever the formats of a model's weights take (`ops.activations_for`)."""
+
 
 class Activations(str, enum.Enum):
     """What the activations of a linear are when they meet the weight; the value is the name that users give.
@@ -41,6 +44,22 @@ class Activations(str, enum.Enum):
             known = [member.value for member in Activations]
             near = did_you_mean(str(value), known)
             raise InputError(f"activations {value!r}{near}: use {', '.join(known[:-1])} or {known[-1]}") from None
+
+    @staticmethod
+    def check(value: Activations | str) -> str:
+        """Return a name that users give: that of a member, or `8bit`, which stands for one of them.
+
+        Raises:
+            InputError: it is neither; the message names the nearest.
+        """
+        if value == EIGHT_BIT:
+            return EIGHT_BIT
+        known = [member.value for member in Activations]
+        if value not in known:
+            names = [known[0], EIGHT_BIT, *known[1:]]
+            near = did_you_mean(str(value), names)
+            raise InputError(f"activations {str(value)!r}{near}: use {', '.join(names[:-1])} or {names[-1]}")
+        return str(Activations(value))
 
     @property
     def dtype(self) -> torch.dtype | None:

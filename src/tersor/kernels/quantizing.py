@@ -19,12 +19,24 @@ _THREADS = 1024
 
 
 @functools.cache
-def quantize_source(target: str, activations: Activations) -> KernelSource:
-    """Return the kernel that turns 16-bit activations of a dtype into bytes with a scale a token or a group."""
+def quantize_source(target: str, activations: Activations, gate: int = 0, relu: bool = False) -> KernelSource:
+    """Return the kernel that turns 16-bit activations of a dtype into bytes with a scale a token or a group.
+
+    Args:
+        target: `float16` or `bfloat16`.
+        activations: what they become.
+        gate: EPILOGUE of cuda/common/gate.cuh: how gate and up become one first, or 0.
+        relu: without a gate, whether what is negative becomes 0 first.
+    """
     return KernelSource(
-        name=f"tersor_quantize_activations_{target}_{activations.word}",
+        name=f"tersor_quantize_activations_{target}_{activations.word}" + (f"_g{gate}" if gate else "_relu" * relu),
         header="dense/quantize_activations.cuh",
-        parameters={"BF16": target == "bfloat16", **quantized_macros(activations)},
+        parameters={
+            "BF16": target == "bfloat16",
+            **quantized_macros(activations),
+            "EPILOGUE": gate,
+            "RELU": relu and not gate,
+        },
         arguments="PPPPqqiii",
     )
 
@@ -51,22 +63,25 @@ def quantized_bytes(n: int, ic: int, activations: Activations) -> int:
 
 
 def prepare_quantize(function: Function, *, n: int, ic: int, activations: Activations) -> QuantizeLaunch:
-    """Return what launches the quantising of activations [n, ic] to bytes, such as `quantize_source` has it."""
+    """Return what launches the quantising of activations to codes [n, ic], such as `quantize_source` has it."""
     warps = -(-ic // (32 * (_CHANNELS if activations.group_size is None else _CHANNELS_IN_GROUPS)))
     grid, block, row = (n, 1, 1), (min(32 * warps, _THREADS), 1, 1), codes_stride(ic)
     run = function.launch
 
-    def launch(*, stream: int, x: int, x_stride: int, codes: int, order: int = 0, top_k: int = 1) -> int:
+    def launch(
+        *, stream: int, x: int, x_stride: int, codes: int, scales: int = 0, order: int = 0, top_k: int = 1
+    ) -> int:
         """Launch, and return the address of the scales.
 
         Args:
             stream: handle of the stream.
-            x, x_stride: address of 16-bit activations, and elements from one token to the next.
-            codes: address of `quantized_bytes`.
+            x, x_stride: address of 16-bit activations, with a gate [n, 2 ic], and elements from one token to the next.
+            codes: address of `quantized_bytes`, or of codes alone.
+            scales: address of the scales; 0 has them behind the codes.
             order: address of n numbers: row i of the codes is that of token order[i] / top_k; 0 for token i.
             top_k: what those numbers are divided by.
         """
-        scales_at = codes + n * row
+        scales_at = scales or codes + n * row
         whole = not (x % 16 or x_stride % 8 or ic % 8)
         run(grid, block, 0, stream, (x, order, codes, scales_at, x_stride, row, ic, whole, top_k), True)
         return scales_at

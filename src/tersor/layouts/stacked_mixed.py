@@ -1,7 +1,7 @@
 """The weights of a layer's experts whose output features have different schemes: one mix for all of them.
 
-The level of an output feature is the same in every expert. So the rows of a level are a stack of their own, one launch
-multiplies those of all experts, and one permutation says where they belong.
+The level of an output feature is the same in every expert. So the rows of a level are a stack of their own, one
+permutation says where they belong in all experts, and one launch can multiply all of it.
 """
 
 from __future__ import annotations

@@ -114,7 +114,7 @@ class DecoderLayer:
             z = ffn(y, residual=inside.once(y), norm=between, behind=behind)
             return z if isinstance(z, ops.Normed) else inside.sum(z)
         x = _added(attention.out, mixed, x, ranks, between, ffn.up)
-        inner = ffn.up(normed(between, x, ffn.up))
+        inner = ffn.inner(normed(between, x, ffn.up))
         if following is None:
             return _added(ffn.down, inner, x, inside)
         return _added(ffn.down, inner, x, inside, following.norms[0], following.attention.reader)
@@ -127,7 +127,7 @@ class DecoderLayer:
 
 def _added(
     product: Product,
-    x: torch.Tensor,
+    x: torch.Tensor | ops.Quantized,
     residual: Between,
     ranks: Ranks,
     norm: NormWeights | None = None,
@@ -135,8 +135,8 @@ def _added(
 ) -> Hidden:
     """Return the product of x with the residual added, and what `reader` needs of the norm between the two."""
     addend = _plain(residual)
-    folded = fold(norm, x, product, reader) if norm is not None else None
-    if folded is None or not isinstance(product.weight, PackedWeight):
+    folded = fold(norm, x, product, reader) if norm is not None and isinstance(x, torch.Tensor) else None
+    if folded is None or not isinstance(product.weight, PackedWeight) or not isinstance(x, torch.Tensor):
         return ranks.sum(product(x, ranks.once(addend)))
     return ops.linear_norm_out(x, product.weight, folded, product.bias, residual=addend)
 

@@ -27,8 +27,9 @@ from tersor.models.latent import LatentAttention
 from tersor.models.mixture import Mixture
 from tersor.models.norm import NormWeights, behind_sum, gain_of, weights_around, weights_read
 from tersor.models.weights import Activated, Embedding, FeedForward, GatedProduct, Product, Products
-from tersor.ops import mode, needed, needed_sparse, serve_routing
+from tersor.ops import mode, needed, needed_small, needed_sparse, serve_routing
 from tersor.ops.attention_form import AttentionForm
+from tersor.ops.quantized import common_activations
 
 _NO_NORM = frozenset({Norm.NONE})
 
@@ -71,16 +72,16 @@ def kernels_of(decoder: Decoder, steps: Steps, chip: Chip) -> list[KernelSource]
     for part in _parts((decoder.embedding, decoder.layers, decoder.norm, decoder.head)):
         own = norms.get(id(part), _NO_NORM)
         read = readers.get(id(part), ())
-        kind = _kind(part), own, frozenset(weight.layout for weight in read)
+        kind = _kind(part), own, common_activations(read)
         if kind not in seen:
             seen.add(kind)
             found.update(dict.fromkeys(_asked(part, dtype, steps, chip, own, read)))
-    found.update(dict.fromkeys(needed.tokens_of_steps()))
-    found.update(dict.fromkeys(needed.rows(hidden, dtype, torch.int32)))
+    found.update(dict.fromkeys(needed_small.tokens_of_steps()))
+    found.update(dict.fromkeys(needed_small.rows(hidden, dtype, torch.int32)))
     if decoder.config.softcap is not None and decoder.head is not None:
-        found.update(dict.fromkeys(needed.numbers(decoder.config.vocabulary, dtype, capped=True)))
+        found.update(dict.fromkeys(needed_small.numbers(decoder.config.vocabulary, dtype, capped=True)))
     ranks = {one.count for layer in decoder.layers for one in (layer.ranks, layer.inner_ranks)}
-    found.update(dict.fromkeys(needed.sums(dtype, max(ranks))))
+    found.update(dict.fromkeys(needed_small.sums(dtype, max(ranks))))
     if steps.draws:
         found.update(dict.fromkeys(needed.draws(decoder.config.vocabulary, dtype)))
     return list(found)
@@ -115,14 +116,18 @@ def _norms(decoder: Decoder, chip: Chip) -> dict[int, frozenset[Norm]]:
     return {product: frozenset(norms) for product, norms in found.items()}
 
 
-def _readers(decoder: Decoder) -> dict[int, tuple[PackedWeight, ...]]:
-    """Return identity of a norm -> the weights of the packed products that read its result, if nothing else does."""
-    found: dict[int, tuple[PackedWeight, ...]] = {}
+def _readers(decoder: Decoder) -> dict[int, tuple[PackedWeight | MixedWeight, ...]]:
+    """Return identity of a norm or an activation -> the weights of what reads its result, packed or mixed products
+    alone."""
+    found: dict[int, tuple[PackedWeight | MixedWeight, ...]] = {}
     for layer in decoder.layers:
         attention, ffn = layer.attention, layer.ffn
-        pairs: list[tuple[NormWeights | None, object]] = [(layer.norms[0], attention.reader)]
+        pairs: list[tuple[NormWeights | Activated | None, object]] = [(layer.norms[0], attention.reader)]
         if isinstance(ffn, FeedForward):
             pairs.append((layer.norms[1], ffn.up))
+        inner = ffn if isinstance(ffn, FeedForward) else ffn.shared
+        if inner is not None and isinstance(inner.up, Activated):
+            pairs.append((inner.up, inner.down))
         if isinstance(attention, LatentAttention):
             pairs.append((attention.query_norm, attention.query_up))
             pairs.append((attention.key_value_norm, attention.key_value_up))
@@ -181,7 +186,7 @@ def _asked(
     steps: Steps,
     chip: Chip,
     norms: frozenset[Norm],
-    readers: tuple[PackedWeight, ...],
+    readers: tuple[PackedWeight | MixedWeight, ...],
 ) -> Iterator[KernelSource]:
     """Yield the kernels of one part."""
     if isinstance(part, Product | GatedProduct):
@@ -192,15 +197,16 @@ def _asked(
         elif isinstance(part.weight, SparseWeight | TiledSparseWeight):
             yield from needed_sparse.linear(part.weight, dtype, _gate(part), steps.tokens, chip)
     elif isinstance(part, NormWeights):
-        yield from needed.norm(steps.tokens, len(part.weight), dtype, part.form.centered, chip, readers)
+        yield from needed_small.norm(steps.tokens, len(part.weight), dtype, part.form.centered, chip, readers)
     elif isinstance(part, AttentionForm):
         yield from needed.attention(part, dtype, steps.pages or dtype, steps.rows, steps.queries, steps.length, chip)
     elif isinstance(part, Embedding):
         yield from _rows(part, dtype)
     elif isinstance(part, Activated):
-        yield from needed.numbers(_outputs(part.product) // (2 if part.gate else 1), dtype, part.gate)
+        channels = _outputs(part.product) // (2 if part.gate else 1)
+        yield from needed_small.activation(channels, dtype, part.gate, chip, readers)
     elif isinstance(part, LatentAttention):
-        yield from needed.latent_heads(part.heads, dtype)
+        yield from needed_small.latent_heads(part.heads, dtype)
     else:
         yield from _experts(part, dtype, steps, chip, norms)
 
@@ -220,7 +226,7 @@ def _rows(part: Embedding, dtype: torch.dtype) -> Iterator[KernelSource]:
     channels = part.weight.shape[1]
     together = part.ranks.count == 1 and not isinstance(part.weight, PackedWeight)
     if together or not isinstance(part.weight, PackedWeight) or part.positions is not None:
-        yield from needed.rows(channels, dtype, torch.int64, together and part.positions is not None)
+        yield from needed_small.rows(channels, dtype, torch.int64, together and part.positions is not None)
 
 
 def _experts(
@@ -241,7 +247,7 @@ def _experts(
         return
     yield from needed.route(choice, logits)
     yield from needed.combine(dtype)
-    yield from needed.numbers(gate_up.shape[1] // 2, dtype, part.gate)
+    yield from needed_small.numbers(gate_up.shape[1] // 2, dtype, part.gate)
     for of in (gate_up, down):
         for weight in () if isinstance(of, torch.Tensor) else sets_of(of):
             yield from needed.linear(weight.expert(0), dtype, 0, steps.tokens, chip)

@@ -11,7 +11,7 @@ from tersor.checkpoint.config import QuantizationConfig
 from tersor.checkpoint.names import TORCH_DTYPES, Form
 from tersor.checkpoint.source import Source, open_source, quantization_of, stated_dtype
 from tersor.errors import TersorError, UnsupportedError
-from tersor.formats import FLOAT_DTYPES, Activations
+from tersor.formats import FLOAT_DTYPES, Activations, Assignment, Scheme
 from tersor.hardware import resolve_device
 from tersor.models.assemble import assemble
 from tersor.models.config import DecoderConfig, supported
@@ -24,6 +24,7 @@ from tersor.models.share import Share, check
 from tersor.models.stored import Stored
 from tersor.models.streamed import Offload
 from tersor.ops.collective import ALONE, Ranks
+from tersor.ops.dispatch import activations_for, kernel_chip
 from tersor.planner.placement import Place, Placement
 
 
@@ -46,7 +47,7 @@ def load(
         model: a directory, a Hub id, or an open checkpoint, which stays open.
         device: `auto`, `cpu`, `cuda`, `cuda:N`.
         dtype: of activations and plain weights; `None` is that of config.json on a GPU, and float32 on a CPU.
-        activations: what packed weights are multiplied with (`Activations`).
+        activations: what packed weights are multiplied with (`Activations`, or `8bit`: int8 or e4m3, as they are).
         context: tokens of a text at most; `None` is what config.json says.
         ranks: that compute its layers, or those of a stage, together.
         offload: how layers leave the device that do not fit there; `None` has all stay.
@@ -75,13 +76,14 @@ def load(
     config, names, expected, schemes = described(model)
     chosen = dtype or usual_dtype(model, where)
     own = place or Placement.even(len(config.layers), tensor=ranks.count).place(ranks.rank)
-    multiplied, share = Activations.of(activations), Share.of(config, names, schemes, own)
+    way = activations_for(activations, multiplied(config, names, schemes), kernel_chip(where))
+    share = Share.of(config, names, schemes, own)
     placing = None
     if offload is not None:
         placing = offload.begin(*weight_bytes(model, config, names, schemes, chosen), where)
     try:
         with Reading(where) as reading:
-            stored = Stored(model.tensors, reading, schemes, expected.matrices, chosen, multiplied, share, ranks)
+            stored = Stored(model.tensors, reading, schemes, expected.matrices, chosen, way, share, ranks)
             return assemble(stored, config, names, min(context or config.context, config.context), placing)
     except torch.OutOfMemoryError:
         raise TersorError(f"{model.label}: the weights do not fit in the memory of {where}") from None
@@ -119,6 +121,23 @@ def described(model: Source) -> tuple[DecoderConfig, Names, Expected, dict[str, 
     names = NAMES[config.architecture].as_stored(model.tensors)
     expected = Expected.of(config, names)
     return config, names, expected, check_stored(expected, model.tensors, quantization, names)
+
+
+def multiplied(config: DecoderConfig, names: Names, forms: Mapping[str, Form]) -> list[Scheme]:
+    """Return the schemes of all packed weights of a decoder that meet activations, each once; pruned ones have none.
+
+    Args:
+        config, names: of the decoder.
+        forms: schemes, or levels, of modules that are packed.
+    """
+    looked_up = None if config.tied else names.base + names.embedding
+    found: dict[Scheme, None] = {}
+    for module, form in forms.items():
+        if isinstance(form, Assignment):
+            found |= dict.fromkeys(form.mix.levels)
+        elif isinstance(form, Scheme) and module != looked_up:
+            found[form] = None
+    return list(found)
 
 
 def weight_bytes(

@@ -10,9 +10,9 @@ import torch
 from tersor import ops
 from tersor.formats import Activations
 from tersor.kernels.deciding import MOST_SUMMED_CHANNELS
-from tersor.layouts import PackedWeight
+from tersor.layouts import MixedWeight, PackedWeight
 from tersor.models.config import Norm
-from tersor.models.weights import Activated, Between, GatedProduct, Given, Product, Products, tensors_of
+from tersor.models.weights import Activated, Between, GatedProduct, Given, Product, Products, bytewise_of, tensors_of
 from tersor.ops.quantized import common_activations
 
 
@@ -97,12 +97,12 @@ def behind_sum(norm: NormWeights, reader: object) -> ops.Gain | None:
     return gain_of(norm)
 
 
-def weights_read(reader: object) -> tuple[PackedWeight, ...]:
-    """Return the weights of what reads a norm's result, where that is packed products alone, else none."""
+def weights_read(reader: object) -> tuple[PackedWeight | MixedWeight, ...]:
+    """Return the weights of what reads a norm's result, where that is packed or mixed products alone, else none."""
     product = reader.product if isinstance(reader, Activated) else reader
     parts = product.parts if isinstance(product, Products) else (product,)
-    packed = tuple(weight for part in parts if (weight := _packed(part)) is not None)
-    return packed if len(packed) == len(parts) else ()
+    found = tuple(weight for part in parts if (weight := bytewise_of(part)) is not None)
+    return found if len(found) == len(parts) else ()
 
 
 def foldable(norm: NormWeights, reader: object) -> NormWeights:
@@ -141,6 +141,5 @@ def weights_around(norm: NormWeights, first: Product, reader: object) -> tuple[P
 
 def _packed(reader: object) -> PackedWeight | None:
     """Return the weight of what reads a norm's result, where that is one packed product without outliers."""
-    product = reader.product if isinstance(reader, Activated) else reader
-    weight = product.weight if isinstance(product, Product | GatedProduct) else None
-    return weight if isinstance(weight, PackedWeight) and weight.outliers is None else None
+    weight = bytewise_of(reader.product if isinstance(reader, Activated) else reader)
+    return weight if isinstance(weight, PackedWeight) else None

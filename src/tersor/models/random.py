@@ -24,6 +24,7 @@ from tersor.models.config import DecoderConfig
 from tersor.models.decoder import Decoder, DecoderLayer
 from tersor.models.expected import Expected, plain_name
 from tersor.models.geometries import geometry
+from tersor.models.load import multiplied
 from tersor.models.names import NAMES, Names
 from tersor.models.reading import Reading
 from tersor.models.share import Share
@@ -31,6 +32,7 @@ from tersor.models.stored import Packed, Stored
 from tersor.models.streamed import Offload
 from tersor.models.weights import Matrix
 from tersor.ops.collective import ALONE, Ranks
+from tersor.ops.dispatch import activations_for, kernel_chip
 from tersor.planner.placement import Place, Placement
 
 _STD = 0.02
@@ -127,7 +129,8 @@ def random_decoder(
     stage = replace(own.stage, layers=(0, len(kinds.layers)))
     share = Share.of(kinds, names, schemes, replace(own, stage=stage))
     with Reading(where) as reading:  # reads nothing
-        made = _Random(expected, names, schemes, reading, dtype, Activations.of(activations), seed, share, ranks)
+        way = activations_for(activations, multiplied(kinds, names, schemes), kernel_chip(where))
+        made = _Random(expected, names, schemes, reading, dtype, way, seed, share, ranks)
         made.sparsity = sparsity or 0.0
         few = assemble(made, kinds, names, min(context or config.context, config.context))
     layers, known = [], dict(zip(kinds.layers, few.layers, strict=True))

@@ -41,14 +41,12 @@ class Product:
 
     def __call__(self, x: Given, residual: torch.Tensor | None = None) -> torch.Tensor:
         """Return x [T, IC] multiplied, and `residual` [T, OC] added, if x waits for no norm: [T, OC]."""
-        if isinstance(self.weight, PackedWeight):
-            if isinstance(x, ops.Deferred):
-                return ops.linear_norm_in(x, self.weight, self.bias)
-            if isinstance(x, ops.Quantized):
-                return ops.linear_quantized(x, self.weight, self.bias, residual=residual)
-            return ops.linear(x, self.weight, self.bias, residual=residual)
-        assert isinstance(x, torch.Tensor), "what else a norm leaves is for dense packed weights"
-        if isinstance(self.weight, MixedWeight | SparseWeight | TiledSparseWeight):
+        if isinstance(self.weight, PackedWeight) and isinstance(x, ops.Deferred):
+            return ops.linear_norm_in(x, self.weight, self.bias)
+        if isinstance(self.weight, PackedWeight | MixedWeight) and isinstance(x, ops.Quantized):
+            return ops.linear_quantized(x, self.weight, self.bias, residual=residual)
+        assert isinstance(x, torch.Tensor), "what else a norm leaves is for dense packed and mixed weights"
+        if not isinstance(self.weight, torch.Tensor):
             return ops.linear(x, self.weight, self.bias, residual=residual)
         if residual is None:
             return functional.linear(x, self.weight, self.bias)
@@ -116,12 +114,11 @@ class GatedProduct:
 
     def __call__(self, x: Given) -> torch.Tensor:
         """Return [T, F] of x [T, IC]."""
-        if isinstance(self.weight, PackedWeight):
-            if isinstance(x, ops.Deferred):
-                return ops.linear_norm_in(x, self.weight, self.bias, gate=self.gate)
-            if isinstance(x, ops.Quantized):
-                return ops.linear_quantized(x, self.weight, self.bias, gate=self.gate)
-        assert isinstance(x, torch.Tensor), "what else a norm leaves is for dense packed weights"
+        if isinstance(self.weight, PackedWeight) and isinstance(x, ops.Deferred):
+            return ops.linear_norm_in(x, self.weight, self.bias, gate=self.gate)
+        if isinstance(self.weight, PackedWeight | MixedWeight) and isinstance(x, ops.Quantized):
+            return ops.linear_quantized(x, self.weight, self.bias, gate=self.gate)
+        assert isinstance(x, torch.Tensor), "what else a norm leaves is for dense packed and mixed weights"
         return ops.gated_linear(x, self.weight, self.bias, gate=self.gate)
 
     def tensors(self) -> Iterator[torch.Tensor]:
@@ -143,7 +140,15 @@ class Activated:
 
     def __call__(self, x: Given) -> torch.Tensor:
         """Return [T, F] of x [T, IC]."""
-        y = self.product(x)
+        return self._of(self.product(x))
+
+    def for_reader(self, x: Given, reader: Product) -> torch.Tensor | ops.Quantized:
+        """Return [T, F] of x [T, IC] as what reads it takes it: quantised where a kernel does that at once."""
+        y, weight = self.product(x), bytewise_of(reader)
+        made = None if weight is None else ops.takes_activated(y, (weight,), self.gate)
+        return self._of(y) if made is None else ops.activated_quantized(y, self.gate, made)
+
+    def _of(self, y: torch.Tensor) -> torch.Tensor:
         return ops.relu(y) if self.gate is None else ops.gated(y, self.gate)
 
     def tensors(self) -> Iterator[torch.Tensor]:
@@ -160,7 +165,11 @@ class FeedForward:
 
     def __call__(self, x: Given, residual: torch.Tensor | None = None) -> torch.Tensor:
         """Return [T, H] of x [T, H], with `residual` added."""
-        return self.down(self.up(x), residual)
+        return self.down(self.inner(x), residual)
+
+    def inner(self, x: Given) -> torch.Tensor | ops.Quantized:
+        """Return [T, F] of x [T, H], as `down` takes it."""
+        return self.up.for_reader(x, self.down) if isinstance(self.up, Activated) else self.up(x)
 
     def tensors(self) -> Iterator[torch.Tensor]:
         """Yield every tensor in memory."""
@@ -217,6 +226,14 @@ class Embedding:
     def tensors(self) -> Iterator[torch.Tensor]:
         """Yield every tensor in memory."""
         yield from tensors_of(self.weight, self.positions)
+
+
+def bytewise_of(product: object) -> PackedWeight | MixedWeight | None:
+    """Return the weight of a product ahead of which rows may be quantised: packed or mixed, without outliers."""
+    weight = product.weight if isinstance(product, Product | GatedProduct) else None
+    if isinstance(weight, PackedWeight):
+        return weight if weight.outliers is None else None
+    return weight if isinstance(weight, MixedWeight) else None
 
 
 def tensors_of(*weights: Matrix | Stack | None) -> Iterator[torch.Tensor]:

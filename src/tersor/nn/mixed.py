@@ -173,10 +173,13 @@ class MixedLinear(OfLevels):
             InputError: no such activations.
             UnsupportedError: weights of a level cannot be multiplied with 8-bit activations; nothing has changed.
         """
+        device = self.weight_level.device
+        schemes = [rows.scheme for rows in self.row_sets]
+        chosen = ops.activations_for(activations, schemes, ops.kernel_chip(device))
+        for scheme in schemes:
+            ops.preferred_layout(scheme, self.dtype, device, chosen)
         for rows in self.row_sets:
-            ops.preferred_layout(rows.scheme, self.dtype, self.weight_level.device, activations)
-        for rows in self.row_sets:
-            rows.multiply_with(activations)
+            rows.multiply_with(chosen)
 
     def prepare(self, dtype: torch.dtype) -> None:
         """Put every row set into the layout that serves activations of `dtype`, and work out where its rows belong.

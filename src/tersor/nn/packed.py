@@ -266,15 +266,18 @@ class MultipliedModule(PackedModule):
         Args:
             activations: `16bit`: as they come; `fp8`: quantised to e4m3 with a scale for each token (W6A8 and the
                 like), `int8`: to int8 likewise, for integer weights (W8A8, W4A8), `int8:g128`: with a scale for
-                each 128 channels of it. All take the 8-bit tensor cores of compute capability 9.0 and the reference
-                elsewhere; for how sums are added see docs/formats.md, "Kernel tiles".
+                each 128 channels of it; `8bit`: whichever `ops.activations_for` names. All take the 8-bit tensor
+                cores of compute capability 9.0 and the reference elsewhere, where `8bit` is refused on a GPU; for how
+                sums are added see docs/formats.md, "Kernel tiles".
 
         Raises:
             InputError: no such activations.
             UnsupportedError: weights of this scheme cannot be multiplied with 8-bit activations.
         """
-        ops.preferred_layout(self.scheme, self.dtype, self.weight_packed.device, activations)
-        self.activations = Activations.of(activations)
+        device = self.weight_packed.device
+        chosen = ops.activations_for(activations, (self.scheme,), ops.kernel_chip(device))
+        ops.preferred_layout(self.scheme, self.dtype, device, chosen)
+        self.activations = chosen
         self._ready_for = None
 
     def prepare(self, dtype: torch.dtype) -> None:

@@ -197,7 +197,7 @@ class SparseLinear(Counted):
             InputError: no such activations.
             UnsupportedError: 8-bit activations.
         """
-        if Activations.of(activations) is not Activations.NATIVE:
+        if Activations.check(activations) != Activations.NATIVE:
             raise UnsupportedError("pruned weights are multiplied with 16-bit activations alone")
 
     def prepare(self, dtype: torch.dtype) -> None:

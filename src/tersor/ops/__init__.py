@@ -1,12 +1,13 @@
 """Is the call legal, and who serves it? Torch operators over packed weights, and the reasons behind a choice."""
 
 from tersor.kernels.dense import kernels_for
+from tersor.ops.activated import activated_quantized, takes_activated
 from tersor.ops.attention import attend
 from tersor.ops.attention_form import PAGE, AttentionForm, PagedCache, Rows
 from tersor.ops.autocast import activation_dtype
 from tersor.ops.columns import load as load_columns
 from tersor.ops.deciding import Decision, Gain, Normed, decide, decided_experts
-from tersor.ops.dispatch import Reason, explain, preferred_layout
+from tersor.ops.dispatch import Reason, activations_for, explain, kernel_chip, preferred_layout
 from tersor.ops.embedding import embedding
 from tersor.ops.fold import Deferred, FoldedNorm, folds_norm, linear_norm_in, linear_norm_out
 from tersor.ops.gates import Gate
@@ -54,7 +55,9 @@ __all__ = [
     "Rows",
     "SamplingRows",
     "Workspace",
+    "activated_quantized",
     "activation_dtype",
+    "activations_for",
     "attend",
     "attention_obstacle",
     "batch_invariant",
@@ -73,6 +76,7 @@ __all__ = [
     "gather_rows",
     "gradient_wanted",
     "keep",
+    "kernel_chip",
     "kernels_for",
     "layer_norm",
     "layer_norm_quantized",
@@ -96,6 +100,7 @@ __all__ = [
     "serve_with",
     "set_batch_invariant",
     "softcap",
+    "takes_activated",
     "takes_quantized",
     "using",
 ]

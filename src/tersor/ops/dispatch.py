@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 
 from tersor import hardware
 from tersor.errors import UnsupportedError
-from tersor.formats import Activations, Scheme
+from tersor.formats import EIGHT_BIT, Activations, Scheme
 from tersor.kernels import tune
 from tersor.kernels.tune import LinearProblem, sm80
 from tersor.layouts import STREAM, packing
@@ -139,6 +140,41 @@ def preferred_layout(
     if chosen is Activations.NATIVE and environment_reason(dtype, device):
         return STREAM
     return kernel_layout(scheme, dtype, chosen)
+
+
+def activations_for(
+    value: Activations | str, schemes: Iterable[Scheme], chip: hardware.Chip | None = None
+) -> Activations:
+    """Return what a name of activations stands for beside weights of all these schemes.
+
+    `8bit` is int8 with a scale a token where all weights are integers that kernels multiply with it, since that takes
+    about as long as e4m3 and loses half as much (docs/quality.md), and e4m3 where all have kernels with that. Other
+    names stand for themselves.
+
+    Args:
+        value: `16bit`, `8bit`, `fp8`, `int8` or `int8:g128`.
+        schemes: of the weights that are multiplied.
+        chip: the GPU; `None` where the reference serves all calls, or which one is not known yet.
+
+    Raises:
+        InputError: no such activations.
+        UnsupportedError: of `8bit`, that weights take neither, or that a GPU has no kernel with either.
+    """
+    if Activations.check(value) != EIGHT_BIT:
+        return Activations.of(value)
+    if chip is not None and chip.capability != (9, 0):
+        raise UnsupportedError(
+            f"activations {EIGHT_BIT}: kernels with them need compute capability 9.0, and {chip.name} has "
+            "{}.{}: leave them 16bit".format(*chip.capability)
+        )
+    given, reasons = list(dict.fromkeys(scheme.dense for scheme in schemes)), []
+    for chosen in (Activations.INT8, Activations.E4M3):
+        refused = ((one, packing.unsupported_reason(one, packing.BYTEWISE[chosen])) for one in given)
+        why = next((f"{chosen} not with {one.key()} ({reason})" for one, reason in refused if reason), "")
+        if not why:
+            return chosen
+        reasons.append(why)
+    raise UnsupportedError(f"activations {EIGHT_BIT} suit no weights as these: {', '.join(reasons)}: leave them 16bit")
 
 
 def kernel_layout(scheme: Scheme, dtype: torch.dtype, activations: Activations) -> str:

@@ -11,7 +11,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
@@ -23,15 +23,16 @@ from tersor.kernels.tune.experts_problem import most_blocks
 from tersor.layouts import Stacked, StackedMixedWeight, StackedWeight, packing, sets_of
 from tersor.layouts.gated import gated_channels
 from tersor.layouts.packing import target_of
-from tersor.ops import current, dispatch, mixed, mode, tensors
+from tersor.ops import current, dispatch, grouped_mixed, mixed, mode, tensors
 from tersor.ops.dispatch import overflow_reason, unsupported_reason
 from tersor.ops.gates import Gate
+from tersor.ops.grouped_mixed import MixedProduct
+from tersor.ops.quantizing import Quantize
 from tersor.ops.settled import settled
 from tersor.ops.tables import Tables
 
 if TYPE_CHECKING:
     from tersor.kernels.experts import ExpertsLaunch, GatherLaunch
-    from tersor.kernels.quantizing import QuantizeLaunch
 
 _MOST_PREPARED = 512
 _FETCHED = 0.5
@@ -78,8 +79,11 @@ class Product:
 
     config: tune.EitherConfig
     launch: ExpertsLaunch
-    quantize: QuantizeLaunch | None
-    codes_stride: int
+    quantize: Quantize | None
+
+
+Launches: TypeAlias = tuple[Product, ...] | MixedProduct
+"""Those of a product: one, one for every level of a mix, or the one of all levels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,14 +92,14 @@ class Prepared:
 
     Attributes:
         block_tokens: tokens of a block of the routing tables.
-        up, down: the products, of a mix one for every level.
+        up, down: the products, of a mix one, or one for every level where no launch has them all.
         gather: launches what puts tokens in order; `None` where the first product fetches or quantises them.
         fetches: whether the first product has L2 fetch the weights of the second.
     """
 
     block_tokens: int
-    up: tuple[Product, ...]
-    down: tuple[Product, ...]
+    up: Launches
+    down: Launches
     gather: GatherLaunch | None
     fetches: bool = False
 
@@ -143,14 +147,16 @@ def configs(
     gate_up: Stacked, down: Stacked, tokens: int, top_k: int, batch_invariant: bool, chip: hardware.Chip
 ) -> tuple[tune.Configs, tune.Configs]:
     """Choose how both products run, set by set: in blocks of as many tokens, of the least predicted time together."""
-    ups, downs = (
-        tuple(
-            tune.ExpertsProblem.of(one.packing, one.shape, tokens, top_k, activations_of(one), batch_invariant)
-            for one in sets_of(weight)
-        )
-        for weight in (gate_up, down)
+    problems = (problems_of(weight, tokens, top_k, batch_invariant) for weight in (gate_up, down))
+    return tune.choose_sets(*problems, chip)
+
+
+def problems_of(weight: Stacked, tokens: int, top_k: int, batch_invariant: bool) -> tune.Problems:
+    """Return the problems that tokens make with the row sets of a weight."""
+    return tuple(
+        tune.ExpertsProblem.of(one.packing, one.shape, tokens, top_k, activations_of(one), batch_invariant)
+        for one in sets_of(weight)
     )
-    return tune.choose_sets(ups, downs, chip)
 
 
 def activations_of(weight: StackedWeight) -> Activations:
@@ -179,20 +185,12 @@ def product_of(
         index: the CUDA device.
         tables_ready: whether the routing tables were there before the kernel ahead started.
     """
-    from tersor.kernels import experts, jit, quantizing
+    from tersor.kernels import experts, jit
 
     result = target_of(Activations.NATIVE, dtype)
     assert result is not None
     oc, ic = weight.matrix
     native, pairs = config.activations is Activations.NATIVE, tokens * top_k
-    quantize = None
-    if not native:
-        quantize = quantizing.prepare_quantize(
-            jit.get(quantizing.quantize_source(result, config.activations), index),
-            n=pairs,
-            ic=ic,
-            activations=config.activations,
-        )
     source = experts.source(weight.packing, result, config, gate, tables_ready and native)
     launch = experts.prepare(
         jit.get(source, index),
@@ -206,7 +204,7 @@ def product_of(
         most_blocks=most_blocks(pairs, weight.experts, config.block_tokens),
         factor=weight.packing.factor,
     )
-    return Product(config, launch, quantize, quantizing.codes_stride(ic))
+    return Product(config, launch, Quantize.of(result, config.activations, pairs, ic, index, config.block_tokens))
 
 
 def _make(x: torch.Tensor, gate_up: Stacked, down: Stacked, top_k: int, gate: Gate, batch_invariant: bool) -> Prepared:
@@ -217,22 +215,27 @@ def _make(x: torch.Tensor, gate_up: Stacked, down: Stacked, top_k: int, gate: Ga
     assert chip is not None
     chosen = configs(gate_up, down, tokens, top_k, batch_invariant, chip)
     native = all(one.activations is Activations.NATIVE for one in chosen[0])
-    ups, downs = (
-        tuple(
+
+    def launches(weight: Stacked, of: tune.Configs, ending: int, ready: bool) -> Launches:
+        problems = problems_of(weight, tokens, top_k, batch_invariant)
+        if isinstance(weight, StackedMixedWeight) and tune.together(problems, chip):
+            whole = [one for one in of if isinstance(one, tune.ExpertsConfig)]
+            return grouped_mixed.product_of(weight, problems, whole, ending, x.dtype, index, chip, ready)
+        return tuple(
             product_of(one, config, ending, tokens, top_k, x.dtype, index, ready)
             for one, config in zip(sets_of(weight), of, strict=True)
         )
-        for weight, of, ending, ready in ((gate_up, chosen[0], int(gate), False), (down, chosen[1], 0, native))
-    )
+
+    ups, downs = launches(gate_up, chosen[0], int(gate), False), launches(down, chosen[1], 0, native)
     gather = None
-    if any(up.quantize is None and not up.config.gathers for up in ups):
+    if any(one.activations is Activations.NATIVE and not one.gathers for one in chosen[0]):
         function = jit.get(experts.gather_source(), index)
         gather = experts.prepare_gather(function, pairs=tokens * top_k, ic=gate_up.shape[2], top_k=top_k)
     fetches = False
     if isinstance(gate_up, StackedWeight) and isinstance(down, StackedWeight):
         most = min(tokens * top_k, down.experts) * _expert_bytes(down)
         fetches = native and tune.schedule(chip) == SM90 and most <= chip.l2_bytes * _FETCHED
-    return Prepared(ups[0].config.block_tokens, ups, downs, gather, fetches)
+    return Prepared(chosen[0][0].block_tokens, ups, downs, gather, fetches)
 
 
 def _expert_bytes(weight: StackedWeight) -> int:
@@ -252,7 +255,8 @@ def products(
 ) -> torch.Tensor:
     """Run every pair through its expert.
 
-    Of a mix every level is a launch, and what they give is gathered once: both are as many whatever is routed.
+    Of a mix all levels are one launch, whose results go where they belong; or every level is one, and what they give is
+    gathered once. Both are as many whatever is routed.
 
     Args:
         x: [T, H], on the current device.
@@ -296,14 +300,16 @@ class _Given:
         self._ordered: torch.Tensor | None = None
         self._codes: dict[Activations, tuple[torch.Tensor, int]] = {}
 
-    def for_product(self, product: Product) -> tuple[torch.Tensor, int, int]:
+    def for_product(self, product: Product | MixedProduct) -> tuple[torch.Tensor, int, int]:
         """Return what a row set reads, the stride of its rows, and the address of the scales or 0."""
         kind = product.config.activations
         if product.quantize is not None:
             if kind not in self._codes:
-                self._codes[kind] = _quantized(product, self.x, self._pairs, self._room, self._order, self._top_k)
+                x = self.x
+                stream, pairs = current.stream(x.get_device()), (self._order, self._top_k)
+                self._codes[kind] = product.quantize(stream, x.data_ptr(), x.stride(0), *pairs)
             codes, scale = self._codes[kind]
-            return codes, product.codes_stride, scale
+            return codes, product.quantize.stride, scale
         if self._gather is None or product.config.gathers:
             return self.x, self.x.stride(0), 0
         if self._ordered is None:
@@ -318,13 +324,20 @@ def _product(
     given: _Given,
     weight: Stacked,
     bias: torch.Tensor | None,
-    launches: tuple[Product, ...],
+    launches: Launches,
     tables: Tables,
     rows: int,
     gated: bool,
     behind: StackedWeight | None = None,
 ) -> torch.Tensor:
-    """Launch every row set of a product, and put the channels of all of them in order: [rows, channels]."""
+    """Launch a product: returns [rows, channels], in the order of channels."""
+    if isinstance(launches, MixedProduct):
+        assert isinstance(weight, StackedMixedWeight)
+        x, stride, scale = given.for_product(launches)
+        channels = gated_channels(weight.shape[1]) if gated else weight.shape[1]
+        y = current.empty((rows, channels), (channels, 1), given.x.dtype)
+        grouped_mixed.run(launches, weight, bias, x.data_ptr(), stride, scale, tables, y)
+        return y
     biases: Sequence[torch.Tensor | None] = [bias] * len(launches)
     if isinstance(weight, StackedMixedWeight) and bias is not None:
         biases = mixed.by_set(weight.expert(0), bias)
@@ -335,19 +348,6 @@ def _product(
         made.append(current.empty((rows, channels), (channels, 1), given.x.dtype))
         run(launch, one, own, x.data_ptr(), stride, scale, tables, made[-1], behind)
     return weight.of_channels(made) if isinstance(weight, StackedMixedWeight) else made[0]
-
-
-def _quantized(
-    product: Product, x: torch.Tensor, pairs: int, block_tokens: int, order: int = 0, top_k: int = 1
-) -> tuple[torch.Tensor, int]:
-    """Launch the quantising of a product's activations; return their codes and the address of the scales."""
-    assert product.quantize is not None
-    row, stream = product.codes_stride, current.stream(x.get_device())
-    codes = current.empty((pairs + block_tokens, row + 4), (row + 4, 1), torch.uint8)
-    scale = product.quantize(
-        stream=stream, x=x.data_ptr(), x_stride=x.stride(0), codes=codes.data_ptr(), order=order, top_k=top_k
-    )
-    return codes, scale
 
 
 def run(

@@ -10,14 +10,17 @@ whose gradients and casts are theirs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 
 from tersor.errors import ShapeError
-from tersor.layouts import MixedWeight
+from tersor.layouts import MixedWeight, PackedWeight
 from tersor.layouts.gated import interleave, separate
 from tersor.ops import autocast, dense, gradient, mixed_launch, row_sets
+
+_Rows = TypeVar("_Rows")
 
 _library = torch.library.Library("tersor", "FRAGMENT")
 _library.define(
@@ -34,7 +37,7 @@ def multiply(
         ShapeError: sizes, dtypes or devices that do not fit, or a gate for a weight that is not gate and up.
     """
     outputs = weight.channels if gate else weight.shape[0]
-    _check(x, weight.shape, weight.gated, bias, residual, gate, outputs)
+    check(x.shape, weight.shape, weight.gated, bias, residual, gate, outputs)
     if not dense.looked_at(x, bias, residual):
         return _launched(x, weight, bias, residual, gate)
     if autocast.enabled() or gradient.wanted(x, bias, residual):
@@ -46,12 +49,29 @@ def by_row_sets(
     x: torch.Tensor, weight: MixedWeight, bias: torch.Tensor | None, residual: torch.Tensor | None, gate: int
 ) -> torch.Tensor:
     """Return the product, made of those of the row sets."""
+    return of_row_sets(dense.multiply, x, weight, bias, residual, gate)
+
+
+def of_row_sets(
+    multiply: Callable[[_Rows, PackedWeight, torch.Tensor | None, torch.Tensor | None, int], torch.Tensor],
+    x: _Rows,
+    weight: MixedWeight,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    gate: int,
+) -> torch.Tensor:
+    """Return the product of activations of any kind, made of what `multiply` makes of them and each row set.
+
+    Args:
+        multiply: as `dense.multiply`, for such activations.
+        x, weight, bias, residual, gate: of the whole product.
+    """
     biases = [None] * len(weight.sets) if bias is None else by_set(weight, bias)
     added: list[torch.Tensor | None] = [None] * len(weight.sets)
     if residual is not None:
         added = [*(weight.by_set(residual) if gate else by_set(weight, residual))]
     parts = [
-        dense.multiply(x, one, own_bias, own_residual, gate)
+        multiply(x, one, own_bias, own_residual, gate)
         for one, own_bias, own_residual in zip(weight.sets, biases, added, strict=True)
     ]
     return weight.of_channels(parts) if gate else weight.in_order(parts).contiguous()
@@ -73,8 +93,8 @@ def _launched(
     return by_row_sets(x, weight, bias, residual, gate) if y is None else y
 
 
-def _check(
-    x: torch.Tensor,
+def check(
+    given: torch.Size,
     shape: tuple[int, int],
     gated: bool,
     bias: torch.Tensor | None,
@@ -82,16 +102,23 @@ def _check(
     gate: int,
     outputs: int,
 ) -> None:
-    """Raise ShapeError where sizes of a call do not fit; dtypes are those of the products of row sets to check."""
+    """Raise ShapeError where sizes of a call do not fit; dtypes are those of the products of row sets to check.
+
+    Args:
+        given: shape of the activations.
+        shape, gated: of the weight.
+        bias, residual, gate: of the call.
+        outputs: channels of the result.
+    """
     oc, ic = shape
     if gate and not gated:
         raise ShapeError(f"gated_linear: a mixed weight {list(shape)} is not MixedWeight.gate_up of two")
-    if not x.dim() or x.shape[-1] != ic:
-        raise ShapeError(f"linear: x has shape {list(x.shape)}, expected [..., {ic}] for a weight [{oc}, {ic}]")
+    if not given or given[-1] != ic:
+        raise ShapeError(f"linear: x has shape {list(given)}, expected [..., {ic}] for a weight [{oc}, {ic}]")
     if bias is not None and bias.shape != (oc,):
         raise ShapeError(f"linear: bias is {list(bias.shape)}, expected [{oc}]")
-    if residual is not None and residual.shape != (*x.shape[:-1], outputs):
-        raise ShapeError(f"linear: residual is {list(residual.shape)}, expected {[*x.shape[:-1], outputs]}")
+    if residual is not None and residual.shape != (*given[:-1], outputs):
+        raise ShapeError(f"linear: residual is {list(residual.shape)}, expected {[*given[:-1], outputs]}")
 
 
 def _serve(
@@ -104,7 +131,7 @@ def _serve(
 ) -> torch.Tensor:
     """Serve a call of the operator; what stays the same from call to call is kept for each form."""
     shape, gated, channels = row_sets.outputs_of(form)
-    _check(x, shape, gated, bias, residual, gate, channels if gate else shape[0])
+    check(x.shape, shape, gated, bias, residual, gate, channels if gate else shape[0])
     made = row_sets.weight_of(weight, form)
     mixed_launch.remember(made, form)
     return _launched(x, made, bias, residual, gate)
@@ -121,7 +148,7 @@ def _shape_only(
     """Check a call and return an uninitialised result: for tensors without memory."""
     shape, gated, channels = row_sets.outputs_of(form)
     outputs = channels if gate else shape[0]
-    _check(x, shape, gated, bias, residual, gate, outputs)
+    check(x.shape, shape, gated, bias, residual, gate, outputs)
     return x.new_empty(*x.shape[:-1], outputs)
 
 

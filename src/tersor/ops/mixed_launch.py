@@ -19,6 +19,7 @@ from tersor.kernels.tune import mixed as tune
 from tersor.layouts import STREAM, MixedWeight
 from tersor.layouts.packing import LAYOUTS, Packing, activations_of, target_of, unsupported_reason
 from tersor.ops import current, dispatch, mode, tensors
+from tersor.ops.quantizing import Quantize
 from tersor.ops.settled import settled
 
 _MOST_KEPT = 1024
@@ -47,13 +48,11 @@ def multiply(
     Raises:
         ShapeError: dtypes or devices that do not fit.
     """
-    index, now = x.get_device(), mode.current()
-    if not x.numel() or not weight.sets or now.batch_invariant or now.config is not None:
+    index = x.get_device()
+    of = _serving(x.numel(), weight, x.dtype, x.device, gate)
+    if of is None:
         return None
-    of = _served(weight)
-    if of.misfit(x.dtype, x.device, index, gate, now.key):
-        return None
-    _check(x, weight, bias, residual)
+    _check(x.dtype, x.device, weight, bias, residual)
     if index >= 0 and current.device() != index:
         with torch.cuda.device(index):
             return multiply(x, weight, bias, residual, gate)
@@ -67,14 +66,76 @@ def multiply(
         x = tensors.aligned_rows(x, ic)
         stride, address = x.stride(0), x.data_ptr()
     chosen = of.prepared(weight, n, x.dtype, index, gate)
-    y = tensors.output(shape, n, of.outputs, x.dtype)
-    stream, x_scale, partial, arrived = current.stream(index), 0, 0, 0
+    y, x_scale = tensors.output(shape, n, of.outputs, x.dtype), 0
     if chosen.quantize is not None:
-        row = chosen.codes_stride
-        size = chosen.codes_bytes
-        codes = current.empty((size,), (1,), torch.uint8)  # held until the launch; then the stream's order
-        x_scale = chosen.quantize(stream=stream, x=address, x_stride=stride, codes=codes.data_ptr())
-        address, stride = codes.data_ptr(), row
+        codes, x_scale = chosen.quantize(current.stream(index), address, stride)
+        address, stride = codes.data_ptr(), chosen.quantize.stride
+    return _launched(chosen, of, weight, bias, residual, y, x=address, x_stride=stride, x_scale=x_scale)
+
+
+def takes(shape: torch.Size, dtype: torch.dtype, device: torch.device, weight: MixedWeight, gate: int) -> bool:
+    """Tell whether one launch takes all row sets of a weight with activations of a shape and dtype on a device."""
+    return _serving(shape.numel(), weight, dtype, device, gate) is not None
+
+
+def multiply_codes(
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    dtype: torch.dtype,
+    weight: MixedWeight,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    gate: int,
+) -> torch.Tensor:
+    """Serve a call that one launch `takes`, on the current device, of rows that are quantised already.
+
+    Args:
+        codes: [N, IC] as kernels read them: rows start on 16 bytes.
+        scales: float32 [N], or [N, groups] with those of a group behind each other.
+        dtype: of the rows before, and of the result.
+        weight, bias, residual, gate: as for `multiply`.
+
+    Returns:
+        [N, outputs] in `dtype`.
+
+    Raises:
+        ShapeError: as `multiply`.
+    """
+    of, n = _served(weight), len(codes)
+    _check(dtype, codes.device, weight, bias, residual)
+    chosen = of.prepared(weight, n, dtype, codes.get_device(), gate)
+    y = current.empty((n, of.outputs), (of.outputs, 1), dtype)
+    x = {"x": codes.data_ptr(), "x_stride": codes.stride(0), "x_scale": scales.data_ptr()}
+    return _launched(chosen, of, weight, bias, residual, y, **x)
+
+
+def _serving(size: int, weight: MixedWeight, dtype: torch.dtype, device: torch.device, gate: int) -> _Served | None:
+    """Return what calls with a weight have in common where one launch takes all row sets, else `None`."""
+    now = mode.current()
+    if not size or not weight.sets or now.batch_invariant or now.config is not None:
+        return None
+    of = _served(weight)
+    return None if of.misfit(dtype, device, gate, now.key) else of
+
+
+def _launched(
+    chosen: _Prepared,
+    of: _Served,
+    weight: MixedWeight,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    y: torch.Tensor,
+    **x: int,
+) -> torch.Tensor:
+    """Launch a prepared call on the current device, that of y, which is written and returned.
+
+    Args:
+        chosen, of, weight, bias, residual: of the call.
+        y: the result.
+        x: address, stride and scales of the rows (`kernels.mixed.prepare`).
+    """
+    index, now = y.get_device(), mode.current()
+    stream, partial, arrived = current.stream(index), 0, 0
     if chosen.floats:
         partial, arrived, _parts = now.workspace.split_sums(index, stream, chosen.floats, chosen.counters)
     bias = None if bias is None else bias.contiguous()
@@ -83,9 +144,7 @@ def multiply(
     chosen.launch(
         stream=stream,
         sets=of.addresses(weight),
-        x=address,
-        x_stride=stride,
-        x_scale=x_scale,
+        **x,
         features=0 if weight.features is None else weight.features.data_ptr(),
         bias=0 if bias is None else bias.data_ptr(),
         residual=0 if residual is None else residual.data_ptr(),
@@ -146,10 +205,10 @@ def problem_of(weight: MixedWeight, layout: str, n: int) -> tuple[tuple[Packing,
 class _Prepared:
     """How calls of one weight, dtype, device and number of tokens are launched: as `ops.prepared.Prepared`."""
 
-    __slots__ = ("codes_bytes", "codes_stride", "counters", "floats", "launch", "quantize")
+    __slots__ = ("counters", "floats", "launch", "quantize")
 
     def __init__(self, of: _Served, n: int, dtype: torch.dtype, index: int, gate: int) -> None:
-        from tersor.kernels import jit, mixed, quantizing
+        from tersor.kernels import jit, mixed
 
         result = target_of(Activations.NATIVE, dtype)
         assert result is not None
@@ -165,14 +224,7 @@ class _Prepared:
             outputs=of.outputs,
         )
         self.floats, self.counters = config.floats, config.counters
-        self.quantize, self.codes_stride, self.codes_bytes = None, 0, 0
-        if problem.activations is not Activations.NATIVE:
-            source = quantizing.quantize_source(result, problem.activations)
-            self.quantize = quantizing.prepare_quantize(
-                jit.get(source, index), n=n, ic=problem.ic, activations=problem.activations
-            )
-            self.codes_stride = quantizing.codes_stride(problem.ic)
-            self.codes_bytes = quantizing.quantized_bytes(n, problem.ic, problem.activations)
+        self.quantize = Quantize.of(result, problem.activations, n, problem.ic, index)
 
 
 class _Served:
@@ -185,15 +237,15 @@ class _Served:
         self.outputs = weight.channels if weight.gated else weight.shape[0]
         self.places = [weight.mix.levels.index(one.scheme) for one in weight.sets]
         self.packings: tuple[Packing, ...] = ()
-        self._reasons: dict[tuple[torch.dtype, int, int], str] = {}
+        self._reasons: dict[tuple[torch.dtype, torch.device, int], str] = {}
         self._prepared: dict[tuple[int, torch.dtype, int, int], _Prepared] = {}
         _all.add(self)
 
-    def misfit(self, dtype: torch.dtype, device: torch.device, index: int, gate: int, now: int) -> str:
+    def misfit(self, dtype: torch.dtype, device: torch.device, gate: int, now: int) -> str:
         """Return why no launch takes all row sets at once, or an empty string."""
         if bool(gate) != self.gated:
             return "rows of gate and up are put in order by pairs"
-        key = (dtype, index, now)
+        key = (dtype, device, now)
         found = self._reasons.get(key)
         if found is None:
             chip = dispatch.kernel_chip(device)
@@ -255,10 +307,16 @@ def _served(weight: MixedWeight) -> _Served:
     return found
 
 
-def _check(x: torch.Tensor, weight: MixedWeight, bias: torch.Tensor | None, residual: torch.Tensor | None) -> None:
-    """Raise ShapeError where dtypes or devices do not fit each other."""
-    if weight.device != x.device:
-        raise ShapeError(f"linear: x is on {x.device}, the weight on {weight.device}")
+def _check(
+    dtype: torch.dtype,
+    device: torch.device,
+    weight: MixedWeight,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+) -> None:
+    """Raise ShapeError where dtypes or devices do not fit those of activations."""
+    if weight.device != device:
+        raise ShapeError(f"linear: x is on {device}, the weight on {weight.device}")
     for name, one in (("bias", bias), ("residual", residual)):
-        if one is not None and (one.dtype != x.dtype or one.device != x.device):
-            raise ShapeError(f"linear: {name} is {one.dtype} on {one.device}, expected {x.dtype} on {x.device}")
+        if one is not None and (one.dtype != dtype or one.device != device):
+            raise ShapeError(f"linear: {name} is {one.dtype} on {one.device}, expected {dtype} on {device}")

@@ -22,12 +22,10 @@ from tersor.kernels import (
     dense,
     experts,
     mixed,
-    norms,
     quantizing,
     routing,
     sampling,
     shared_attention,
-    small,
     tune,
 )
 from tersor.kernels.dense import Norm
@@ -38,12 +36,11 @@ from tersor.kernels.tune import mixed as tune_mixed
 from tersor.kernels.tune import sm80
 from tersor.layouts import STREAM, MixedWeight, PackedWeight, Stacked, sets_of
 from tersor.layouts.packing import Packing, activations_of, target_of
-from tersor.ops import grouped, mixed_launch, mode, outlier_sums, quantized, serve_attention
+from tersor.ops import grouped, mixed_launch, mode, outlier_sums, serve_attention
 from tersor.ops.attention_form import AttentionForm
 from tersor.ops.dispatch import overflow_reason
 from tersor.ops.fold import takes_norm
 from tersor.ops.gates import Gate
-from tersor.ops.heads import LatentHeads
 from tersor.ops.norm import TARGETS, channels_fit
 from tersor.ops.router import router_of
 
@@ -218,12 +215,20 @@ def products(
     for kind in sorted(kinds, key=lambda kind: kind.name):
         yield quantizing.quantize_source(result, kind)
     for firsts, seconds in tune_experts.choices_of_sets(of_up, of_down, chip):
-        for (packing, _), first in zip(ups, firsts, strict=True):
-            yield experts.source(packing, result, first, int(gate), False)
-            if first.activations is Activations.NATIVE and not first.gathers:
-                yield experts.gather_source()
-        for (packing, _), second in zip(downs, seconds, strict=True):
-            yield experts.source(packing, result, second, 0, not kinds)
+        if any(first.activations is Activations.NATIVE and not first.gathers for first in firsts):
+            yield experts.gather_source()
+        for sets, problems, configs, ending, ready in (
+            (ups, of_up, firsts, int(gate), False),
+            (downs, of_down, seconds, 0, not kinds),
+        ):
+            packings = tuple(packing for packing, _ in sets)
+            if tune_experts.together(problems, chip):
+                whole = tuple(one for one in configs if isinstance(one, tune_experts.ExpertsConfig))
+                native = whole[0].activations is Activations.NATIVE
+                yield mixed.experts_source(packings, result, whole, ending, ready and native)
+                continue
+            for packing, config in zip(packings, configs, strict=True):
+                yield experts.source(packing, result, config, ending, ready)
 
 
 def route(choice: Choice, logits: torch.dtype) -> Iterator[KernelSource]:
@@ -277,25 +282,6 @@ def attention(
         yield family.prefill_source(kind, chip)
 
 
-def norm(
-    rows: int, channels: int, dtype: torch.dtype, layer: bool, chip: Chip, readers: Collection[PackedWeight] = ()
-) -> Iterator[KernelSource]:
-    """Yield the kernels of `ops.layer_norm`, or of `ops.rms_norm`, or of those as bytes.
-
-    Args:
-        rows: at most.
-        channels, dtype: of rows.
-        layer: whether it is a layer norm.
-        chip: the GPU.
-        readers: the weights of what reads the result, where that is packed products alone.
-    """
-    if dtype in TARGETS and channels_fit(channels):
-        made = quantized.common_activations(readers) if chip.capability == (9, 0) else Activations.NATIVE
-        of_warps = norms.ctas_of_warps(rows, channels, chip.sms) if made.dtype and not layer else 0
-        for warps in dict.fromkeys((0, of_warps)):
-            yield norms.norm_source(TARGETS[dtype], layer, channels, made, warps)
-
-
 def router(
     weight: torch.Tensor, dtype: torch.dtype, wide: bool, tokens: int, beyond: int = 0
 ) -> Iterator[KernelSource]:
@@ -338,51 +324,6 @@ def decided_sum(channels: int, dtype: torch.dtype) -> Iterator[KernelSource]:
     """Yield the kernel of `ops.decided_experts` that adds up and norms, of rows of so many channels."""
     if dtype in TARGETS and channels_fit(channels, deciding.MOST_SUMMED_CHANNELS):
         yield deciding.combine_source(TARGETS[dtype], channels)
-
-
-def numbers(
-    channels: int, dtype: torch.dtype, gate: Gate | None = None, capped: bool = False
-) -> Iterator[KernelSource]:
-    """Yield the kernel of `ops.gated`, `ops.softcap` or `ops.relu` with a result of so many channels.
-
-    Args:
-        channels, dtype: of the result.
-        gate: how gate and up become one, if it is that.
-        capped: whether it is a soft cap.
-    """
-    if dtype in TARGETS and channels_fit(channels, None):
-        yield small.pointwise_source(TARGETS[dtype], int(gate or 0), capped)
-
-
-def latent_heads(of: LatentHeads, dtype: torch.dtype) -> Iterator[KernelSource]:
-    """Yield the kernels of `ops.heads` for heads of such sizes."""
-    if dtype in TARGETS and of.whole:
-        yield small.heads_source(of.interleaved)
-    if dtype in TARGETS and of.value != of.width and of.trims:
-        yield small.trim_source()
-
-
-def rows(channels: int, dtype: torch.dtype, index: torch.dtype, positions: bool = False) -> Iterator[KernelSource]:
-    """Yield the kernel of `ops.gather_rows` and `ops.lookup`.
-
-    Args:
-        channels, dtype: of the rows.
-        index: dtype of the index.
-        positions: whether rows of positions are added.
-    """
-    if dtype in TARGETS and channels_fit(channels):
-        yield small.rows_source(TARGETS[dtype], index == torch.int64, positions)
-
-
-def tokens_of_steps() -> Iterator[KernelSource]:
-    """Yield the kernels of `ops.resolve` and `ops.keep`."""
-    yield from (small.resolve_source(), small.keep_source())
-
-
-def sums(dtype: torch.dtype, ranks: int) -> Iterator[KernelSource]:
-    """Yield the kernel that adds up small tensors of several GPUs."""
-    if dtype in TARGETS and 1 < ranks <= small.MOST_RANKS:
-        yield small.all_reduce_source(TARGETS[dtype], ranks)
 
 
 def draws(vocabulary: int, dtype: torch.dtype) -> Iterator[KernelSource]:

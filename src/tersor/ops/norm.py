@@ -161,12 +161,7 @@ def launched(
     launch = _launch(function, eps=float(eps), offset=float(offset), **sizes, warps=warps)
     out_stride = codes_stride(channels) if codes else channels
     out = current.empty((rows, channels), (out_stride, 1), codes or x.dtype)
-    scales = None
-    if codes and activations.group_size is not None:
-        groups, stride = activations.scales(channels), scales_stride(rows)
-        scales = current.empty((rows, groups), (1, stride), torch.float32)
-    elif codes:
-        scales = current.empty((rows,), (1,), torch.float32)
+    scales = empty_scales(rows, channels, activations) if codes else None
     launch(
         stream=current.stream(index),
         x=x.data_ptr(),
@@ -181,3 +176,10 @@ def launched(
         scales=0 if scales is None else scales.data_ptr(),
     )
     return out, scales
+
+
+def empty_scales(rows: int, channels: int, activations: Activations) -> torch.Tensor:
+    """Return room on the current device for the scales of bytes: float32 [T], or [T, groups] as kernels write them."""
+    if activations.group_size is None:
+        return current.empty((rows,), (1,), torch.float32)
+    return current.empty((rows, activations.scales(channels)), (1, scales_stride(rows)), torch.float32)

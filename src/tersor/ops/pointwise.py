@@ -31,9 +31,7 @@ def gated(x: torch.Tensor, gate: Gate) -> torch.Tensor:
     Raises:
         ShapeError: another shape or dtype.
     """
-    _check("gated", x)
-    if x.shape[1] % 2:
-        raise ShapeError(f"gated: x is {list(x.shape)}, expected [T, 2 F]: as many channels of the gate as of up")
+    check("gated", x, gated=True)
     if kernel_serves(x, most=None) and x.shape[1] % (2 * small.CHANNELS) == 0:
         return _launched(x, x.shape[1] // 2, int(gate), None)
     return gate.combine(*x.float().chunk(2, dim=-1)).to(x.dtype)
@@ -45,7 +43,7 @@ def relu(x: torch.Tensor) -> torch.Tensor:
     Raises:
         ShapeError: another shape or dtype.
     """
-    _check("relu", x)
+    check("relu", x)
     return _launched(x, x.shape[1], 0, None) if kernel_serves(x, most=None) else torch.relu(x)
 
 
@@ -55,17 +53,20 @@ def softcap(x: torch.Tensor, cap: float) -> torch.Tensor:
     Raises:
         ShapeError: another shape or dtype.
     """
-    _check("softcap", x)
+    check("softcap", x)
     if kernel_serves(x, most=None):
         return _launched(x, x.shape[1], 0, float(cap))
     return (torch.tanh(x.float() / cap) * cap).to(x.dtype)
 
 
-def _check(name: str, x: torch.Tensor) -> None:
+def check(name: str, x: torch.Tensor, gated: bool = False) -> None:
+    """Raise ShapeError where x is not rows in a dtype of these, or has an odd number of channels of gate and up."""
     if x.dim() != 2 or x.dtype not in (*TARGETS, torch.float32):
         raise ShapeError(
             f"{name}: x is {list(x.shape)} {x.dtype}, expected two dimensions in float16, bfloat16 or float32"
         )
+    if gated and x.shape[1] % 2:
+        raise ShapeError(f"{name}: x is {list(x.shape)}, expected [T, 2 F]: as many channels of the gate as of up")
 
 
 def _launched(x: torch.Tensor, channels: int, gate: int, cap: float | None) -> torch.Tensor:

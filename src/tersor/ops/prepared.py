@@ -13,14 +13,14 @@ import torch
 
 from tersor.errors import ShapeError
 from tersor.formats import Activations, Scheme
-from tersor.kernels import quantizing, tune
+from tersor.kernels import tune
 from tersor.layouts import STREAM, PackedWeight, stream
 from tersor.layouts.packing import LAYOUTS, Packing, target_of
 from tersor.ops import dispatch, mode
+from tersor.ops.quantizing import Quantize
 
 if TYPE_CHECKING:
     from tersor.kernels.dense import FusedLaunch
-    from tersor.kernels.quantizing import QuantizeLaunch
 
 FEW_TOKENS = 256
 """Up to so many tokens a prepared call is kept for good: those are decode steps, of which there are so many at most."""
@@ -54,20 +54,18 @@ class Prepared:
     Attributes:
         decision: who serves the calls.
         launch: launches the fused kernel; `None` where another serves.
-        quantize: launches the kernel that quantises activations before that; `None` where they stay as they come.
-        codes_stride: bytes from one token's quantised activations to the next; zero without `quantize`.
-        codes_bytes: bytes of quantised activations and their scales; zero likewise.
+        quantize: quantises activations before that; `None` where they stay as they come.
         floats, counters: float32 sums and counters that the kernel's splits exchange; zero without splits.
         tokens: most tokens of one launch, where a call takes several launches; else 0.
     """
 
-    __slots__ = ("codes_bytes", "codes_stride", "counters", "decision", "floats", "launch", "quantize", "tokens")
+    __slots__ = ("counters", "decision", "floats", "launch", "quantize", "tokens")
 
     def __init__(self, decision: dispatch.Decision) -> None:
         self.decision = decision
         self.launch: FusedLaunch | None = None
-        self.quantize: QuantizeLaunch | None = None
-        self.floats = self.counters = self.codes_stride = self.codes_bytes = 0
+        self.quantize: Quantize | None = None
+        self.floats = self.counters = 0
         self.tokens = decision.tokens
 
 
@@ -183,13 +181,7 @@ class WeightType:
             aligned=aligned,
             factor=self.factor,
         )
-        if config.activations is not Activations.NATIVE:
-            source = quantizing.quantize_source(result, config.activations)
-            found.quantize = quantizing.prepare_quantize(
-                jit.get(source, index), n=n, ic=self.ic, activations=config.activations
-            )
-            found.codes_stride = quantizing.codes_stride(self.ic)
-            found.codes_bytes = quantizing.quantized_bytes(n, self.ic, config.activations)
+        found.quantize = Quantize.of(result, config.activations, n, self.ic, index)
         if config.splits > 1 and not config.gathered:
             found.floats, found.counters = dense.parts(config, n)
 

@@ -1,7 +1,8 @@
 """How do a norm's rows meet products with 8-bit activations? As bytes with a scale a row, made by the norm's kernel.
 
 The definition is two steps, the norm rounded to the activations' dtype and `Activations.quantize`; a kernel that does
-both gives the same bits, and a product of what it leaves those of `ops.linear`.
+both gives the same bits, and a product of what it leaves those of `ops.linear`. All row sets of a mixed weight read the
+same bytes.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ import torch
 from tersor.errors import ShapeError
 from tersor.formats import Activations
 from tersor.kernels.quantizing import codes_stride, scales_stride
-from tersor.layouts import PackedWeight
+from tersor.layouts import MixedWeight, PackedWeight
 from tersor.layouts.gated import gated_channels
 from tersor.layouts.packing import activations_of
-from tersor.ops import current, dispatch, mode, norm, prepared, reference, serve, tensors
+from tersor.ops import current, dispatch, mixed, mixed_launch, mode, norm, prepared, reference, serve, tensors
 
 _LAYOUTS = (dispatch.E4M3_LAYOUT, dispatch.INT8_LAYOUT, dispatch.INT8_GROUPS_LAYOUT)
 
@@ -53,14 +54,22 @@ class Quantized:
         return self.codes.device
 
 
-def common_activations(weights: Iterable[PackedWeight]) -> Activations:
+def common_activations(weights: Iterable[PackedWeight | MixedWeight]) -> Activations:
     """Return what all weights are multiplied with; where that differs, or there are none, activations as they come."""
-    ways = {activations_of(weight.layout) for weight in weights}
+    ways = {activations_of(one.layout) for weight in weights for one in _sets_of(weight)}
     return ways.pop() if len(ways) == 1 else Activations.NATIVE
 
 
+def _sets_of(weight: PackedWeight | MixedWeight) -> tuple[PackedWeight, ...]:
+    """Return the row sets of a mixed weight, or a dense one by itself."""
+    return weight.sets if isinstance(weight, MixedWeight) else (weight,)
+
+
 def takes_quantized(
-    x: torch.Tensor, weights: Iterable[PackedWeight], norm_weight: torch.Tensor, norm_bias: torch.Tensor | None = None
+    x: torch.Tensor,
+    weights: Iterable[PackedWeight | MixedWeight],
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor | None = None,
 ) -> Activations | None:
     """Return what a kernel makes of rows in their norm where all products of them take that, in the current mode.
 
@@ -132,7 +141,7 @@ def _quantized(x: torch.Tensor, made: tuple[torch.Tensor, torch.Tensor | None]) 
 
 def linear_quantized(
     rows: Quantized,
-    weight: PackedWeight,
+    weight: PackedWeight | MixedWeight,
     bias: torch.Tensor | None = None,
     *,
     residual: torch.Tensor | None = None,
@@ -142,7 +151,7 @@ def linear_quantized(
 
     Args:
         rows: of the activations.
-        weight: in the layout for activations like the rows'.
+        weight: in the layout for activations like the rows'; of a mixed one all row sets are.
         bias, residual: as for `ops.linear` or `ops.gated_linear`; residual is [T, outputs].
         gate: how gate and up become one, a `Gate`, or 0.
 
@@ -152,9 +161,21 @@ def linear_quantized(
     Raises:
         ShapeError: sizes, dtypes, devices or a layout that do not fit; the message names both sides.
     """
+    for one in _sets_of(weight):
+        _check(rows, one.layout)
+    if isinstance(weight, MixedWeight):
+        outputs = weight.channels if gate else weight.shape[0]
+        mixed.check(rows.shape, weight.shape, weight.gated, bias, residual, gate, outputs)
+        return _mixed(rows, weight, bias, residual, gate)
+    return _dense(rows, weight, bias, residual, gate)
+
+
+def _dense(
+    rows: Quantized, weight: PackedWeight, bias: torch.Tensor | None, residual: torch.Tensor | None, gate: int
+) -> torch.Tensor:
+    """Serve a call with a dense weight whose layout fits."""
     of, (oc, ic) = prepared.type_of(weight), weight.shape
     outputs = gated_channels(oc) if gate else oc
-    _check(rows, weight)
     serve.check(rows, rows.shape, weight.data, bias, of, residual, outputs)
     codes, scales, dtype, n = rows.codes, rows.scales, rows.dtype, len(rows.codes)
     if n == 0 or oc == 0:
@@ -162,26 +183,39 @@ def linear_quantized(
     index = codes.get_device()
     if index >= 0 and current.device() != index:
         with torch.cuda.device(index):
-            return linear_quantized(rows, weight, bias, residual=residual, gate=gate)
+            return _dense(rows, weight, bias, residual, gate)
     now = mode.current()
     chosen = of.prepared((n, dtype, index, True, gate, now.key), now)
     if chosen.launch is None:
         scale = scales.reshape(n, -1)
         return reference.of_codes(codes, scale, dtype, weight, bias, residual, gate, now.batch_invariant)
-    if codes.stride(1) != 1 or codes.stride(0) % 16 or codes.data_ptr() % 16:
-        codes = _aligned(codes)
-    scales = scales.contiguous() if scales.dim() == 1 else _by_groups(scales)
+    codes, scales = _for_kernels(codes, scales)
     y = current.empty((n, outputs), (outputs, 1), dtype)
     x = {"x": codes.data_ptr(), "x_stride": codes.stride(0), "x_scale": scales.data_ptr()}
     return serve.launched(chosen, weight, bias, residual, y, **x)
 
 
-def _check(rows: Quantized, weight: PackedWeight) -> None:
+def _mixed(
+    rows: Quantized, weight: MixedWeight, bias: torch.Tensor | None, residual: torch.Tensor | None, gate: int
+) -> torch.Tensor:
+    """Serve a checked call with a mixed weight: in one launch, or a row set at a time."""
+    index = rows.codes.get_device()
+    if index >= 0 and current.device() != index:
+        with torch.cuda.device(index):
+            return _mixed(rows, weight, bias, residual, gate)
     codes, scales = rows.codes, rows.scales
-    activations = activations_of(weight.layout)
+    if mixed_launch.takes(rows.shape, rows.dtype, rows.device, weight, gate):
+        codes, scales = _for_kernels(codes, scales)
+        return mixed_launch.multiply_codes(codes, scales, rows.dtype, weight, bias, residual, gate)
+    return mixed.of_row_sets(_dense, rows, weight, bias, residual, gate)
+
+
+def _check(rows: Quantized, layout: str) -> None:
+    codes, scales = rows.codes, rows.scales
+    activations = activations_of(layout)
     wanted = activations.dtype
     if wanted is None:
-        raise ShapeError(f"linear_quantized: the weight lies in {weight.layout}, expected one of {', '.join(_LAYOUTS)}")
+        raise ShapeError(f"linear_quantized: the weight lies in {layout}, expected one of {', '.join(_LAYOUTS)}")
     if codes.dim() != 2 or codes.dtype != wanted:
         raise ShapeError(f"linear_quantized: codes are {list(codes.shape)} {codes.dtype}, expected [T, IC] {wanted}")
     sizes = [len(codes)] if activations.group_size is None else [len(codes), activations.scales(codes.shape[1])]
@@ -190,6 +224,13 @@ def _check(rows: Quantized, weight: PackedWeight) -> None:
             f"linear_quantized: scales are {list(scales.shape)} {scales.dtype} on {scales.device}, expected "
             f"{sizes} torch.float32 on {codes.device}"
         )
+
+
+def _for_kernels(codes: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return codes [T, IC] and scales as kernels read them: rows start on 16 bytes, a group's scales stand together."""
+    if codes.stride(1) != 1 or codes.stride(0) % 16 or codes.data_ptr() % 16:
+        codes = _aligned(codes)
+    return codes, scales.contiguous() if scales.dim() == 1 else _by_groups(scales)
 
 
 def _by_groups(scales: torch.Tensor) -> torch.Tensor:

@@ -125,11 +125,8 @@ def linear(
     stream = current.stream(index)
     partial = arrived = bias_address = residual_address = x_scale = 0
     if chosen.quantize is not None:
-        row = chosen.codes_stride
-        size = chosen.codes_bytes
-        codes = current.empty((size,), (1,), torch.uint8)  # held until the launch; then the stream's order
-        x_scale = chosen.quantize(stream=stream, x=address, x_stride=stride, codes=codes.data_ptr())
-        address, stride = codes.data_ptr(), row
+        codes, x_scale = chosen.quantize(stream, address, stride)
+        address, stride = codes.data_ptr(), chosen.quantize.stride
     if chosen.floats:
         partial, arrived, _parts = now.workspace.split_sums(index, stream, chosen.floats, chosen.counters)
     if bias is not None:

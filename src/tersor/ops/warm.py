@@ -27,7 +27,7 @@ from tersor.kernels.tune import mixed as tune_mixed
 from tersor.layouts.gated import gated_rows
 from tersor.layouts.packing import Packing, target_of, unsupported_reason
 from tersor.ops import mixed_launch, needed, needed_sparse
-from tersor.ops.dispatch import preferred_layout
+from tersor.ops.dispatch import activations_for, preferred_layout
 from tersor.ops.gates import Gate
 
 if TYPE_CHECKING:
@@ -91,9 +91,9 @@ def compile_ahead(
         KernelError: a kernel does not compile.
         UnsupportedError: NVRTC is not installed, or weights or chip do not take such activations.
     """
-    chosen = Activations.of(activations)
     with open_source(model, revision) as source:
         schemes, dtypes = needs(source.config)
+        chosen = activations_for(activations, schemes)
         uniform, mixes = kinds(source.config)
         mixture = mixture_of(source.config, source.tensors)
         for scheme in schemes:

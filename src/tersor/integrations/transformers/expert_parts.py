@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from tersor import ops
 from tersor.integrations.transformers.joined import Given, GivenLinear, moved
@@ -17,70 +18,71 @@ if TYPE_CHECKING:
     from tersor.integrations.transformers.experts import PackedExperts
 
 
-class ExpertPart(GivenLinear):
-    """A layer of one expert, whose codes and scales a `PackedExperts` holds together with those of the others."""
+class OfExpert(nn.Module):
+    """Holds rows of one expert, whose codes and scales a `PackedExperts` may hold together with those of the others."""
 
-    _place: tuple[PackedExperts, int, str]
-
-    def place(self, experts: PackedExperts, expert: int, name: str) -> None:
-        """Make this layer the one called `name` of an expert."""
-        self._place = (experts, expert, name)
+    _place: tuple[Any, ...]
+    """What holds them, and which rows these are there."""
 
     @property
     def experts(self) -> PackedExperts:
         """What holds the codes and scales."""
-        return self._place[0]
-
-    def _own_rows(self) -> PackedWeight:
-        experts, expert, name = self._place
-        return experts.part(expert, name)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Multiply x [..., IC] with this layer's weight alone: returns [..., OC] in x's dtype."""
-        if self.experts.joins:
-            return ops.linear(x, self.packed_weight(), cast_bias(self.bias, ops.activation_dtype(x)))
-        return super().forward(x)
+        found: PackedExperts = self._place[0]
+        return found
 
     def prepare(self, dtype: torch.dtype) -> None:
         """Join the experts, if they are on one device, in the layout for activations of `dtype`."""
         if not self.experts.joins:
-            super().prepare(dtype)
+            super().prepare(dtype)  # type: ignore[misc]  # that of a packed module
         else:
             self.experts.ready(dtype)
 
 
-class ExpertRows(Given, RowSet):
-    """The rows of a level of one expert's layer, held as those of an `ExpertPart` are."""
+class ExpertLayer(OfExpert):
+    """A layer of one expert, dense or mixed."""
 
-    _place: tuple[PackedExperts, int, str, int]
-
-    def _own_rows(self) -> PackedWeight:
-        experts, expert, name, number = self._place
-        return experts.part(expert, name, number)
-
-    def prepare(self, dtype: torch.dtype) -> None:
-        """Join the experts, if they are on one device, in the layout for activations of `dtype`."""
-        if not self._place[0].joins:
-            super().prepare(dtype)
-        else:
-            self._place[0].ready(dtype)
-
-
-class ExpertMixed(MixedLinear):
-    """A mixed layer of one expert, whose rows a `PackedExperts` holds together with those of the others."""
-
-    _place: tuple[PackedExperts, int, str]
+    bias: nn.Parameter | None
+    packed_weight: Any
+    """Returns the weight."""
 
     def place(self, experts: PackedExperts, expert: int, name: str) -> None:
         """Make this layer the one called `name` of an expert."""
         self._place = (experts, expert, name)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Multiply x [..., IC] with this layer's weight alone: returns [..., OC] in x's dtype."""
+        if not self.experts.joins:
+            alone: torch.Tensor = super().forward(x)
+            return alone
+        return ops.linear(x, self.packed_weight(), cast_bias(self.bias, ops.activation_dtype(x)))
+
+
+class ExpertPart(ExpertLayer, GivenLinear):
+    """A dense layer of one expert."""
+
+    def _own_rows(self) -> PackedWeight:
+        experts, expert, name = self._place
+        rows: PackedWeight = experts.part(expert, name)
+        return rows
+
+
+class ExpertRows(OfExpert, Given, RowSet):
+    """The rows of a level of one expert's layer."""
+
+    def _own_rows(self) -> PackedWeight:
+        experts, expert, name, number = self._place
+        rows: PackedWeight = experts.part(expert, name, number)
+        return rows
+
+
+class ExpertMixed(ExpertLayer, MixedLinear):
+    """A mixed layer of one expert."""
+
+    def place(self, experts: PackedExperts, expert: int, name: str) -> None:
+        """Make this layer the one called `name` of an expert."""
+        super().place(experts, expert, name)
         for number, rows in enumerate(self.row_sets):
             rows._place = (*self._place, number)  # type: ignore[assignment]
-
-    @property
-    def experts(self) -> PackedExperts:
-        """What holds the codes and scales."""
-        return self._place[0]
 
     def packed_weight(self) -> MixedWeight:
         """Return the weight; while the experts hold its rows a copy of them, which is not kept."""
@@ -88,19 +90,6 @@ class ExpertMixed(MixedLinear):
         if self.experts.joins:
             self._held = None
         return found
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Multiply x [..., IC] with this layer's weight alone: returns [..., OC] in x's dtype."""
-        if self.experts.joins:
-            return ops.linear(x, self.packed_weight(), cast_bias(self.bias, ops.activation_dtype(x)))
-        return super().forward(x)
-
-    def prepare(self, dtype: torch.dtype) -> None:
-        """Join the experts, if they are on one device, in the layout for activations of `dtype`."""
-        if not self.experts.joins:
-            super().prepare(dtype)
-        else:
-            self.experts.ready(dtype)
 
 
 def part_of(layer: Any, experts: PackedExperts, expert: int, name: str) -> ExpertPart | ExpertMixed:

@@ -151,11 +151,11 @@ def ready_model(
         UnsupportedError: a layer whose weight cannot be multiplied with such activations.
         TersorError: the model does not fit in the device's memory.
     """
-    chosen = Activations.of(activations)
+    Activations.check(activations)
     model = load_model(path, device, dtype, trust_remote_code=trust_remote_code)
     if fuse and not fusing.fuse(model):
         raise InputError(f"{path} has no packed layers that can be joined: load it without fusing")
-    replace.multiply_with(model, chosen)
+    replace.multiply_with(model, activations)
     return model
 
 

@@ -168,6 +168,8 @@ def swap_stack(model: nn.Module, name: str, form: Form, dtype: torch.dtype | Non
 def multiply_with(model: nn.Module, activations: Activations | str) -> None:
     """Choose what every packed linear is multiplied with, such as `int8` (`PackedLinear.multiply_with`).
 
+    `8bit` is one kind for all of them, as their formats are (`ops.activations_for`).
+
     Raises:
         InputError: no such activations.
         UnsupportedError: a linear's weights cannot be multiplied with 8-bit activations; the message names it, and
@@ -178,16 +180,18 @@ def multiply_with(model: nn.Module, activations: Activations | str) -> None:
         for name, module in model.named_modules()
         if isinstance(module, PackedLinear | RowSet) or (isinstance(module, PackedStack) and module.in_state_dict)
     }
+    device = next((module.weight_packed.device for module in linears.values()), torch.device("cpu"))
+    chosen = ops.activations_for(activations, [module.scheme for module in linears.values()], ops.kernel_chip(device))
     for module in model.modules():
         if isinstance(module, SparseLinear):
-            module.multiply_with(activations)  # refuses whatever would change
+            module.multiply_with(chosen)  # refuses whatever would change
     for name, module in linears.items():
         try:
-            ops.preferred_layout(module.scheme, module.dtype, module.weight_packed.device, activations)
+            ops.preferred_layout(module.scheme, module.dtype, module.weight_packed.device, chosen)
         except UnsupportedError as error:
             raise UnsupportedError(f"{name}: {error}") from None
     for module in linears.values():
-        module.multiply_with(activations)
+        module.multiply_with(chosen)
 
 
 def unpack_model(model: nn.Module, dtype: torch.dtype) -> None:

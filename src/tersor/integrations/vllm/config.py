@@ -14,11 +14,11 @@ from tersor.checkpoint.config import QUANT_METHOD, QuantizationConfig, parse_ign
 from tersor.checkpoint.names import MERGED
 from tersor.checkpoint.source import open_source
 from tersor.errors import InputError
-from tersor.formats import Activations
 from tersor.integrations.vllm import checks, compat, plan
 from tersor.integrations.vllm.embedding import TersorEmbeddingMethod, TersorTiedHeadMethod
 from tersor.integrations.vllm.experts import TersorExpertsMethod
 from tersor.integrations.vllm.linear import TersorLinearMethod
+from tersor.ops.dispatch import activations_for
 
 NAME = QUANT_METHOD
 _OPTIONS = ("format", "ignore", "overrides")
@@ -41,7 +41,7 @@ class TersorVllmConfig(compat.QuantizationConfig):
             text = settings.get("TERSOR_VLLM_FORMAT")
             parsed = QuantizationConfig(parse_scheme(text, None, None, "environment variable TERSOR_VLLM_FORMAT"))
         self.parsed, self.stored = parsed, stored
-        self.activations = Activations.of(settings.get("TERSOR_VLLM_ACTIVATIONS"))
+        self.activations = activations_for(settings.get("TERSOR_VLLM_ACTIVATIONS"), parsed.schemes)
         self.plan: plan.Plan | None = None
         self._tied = self._embeds_packed = False
 

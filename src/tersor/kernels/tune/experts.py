@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
@@ -25,17 +26,32 @@ __all__ = [
     "choices_of_sets",
     "choose_pair",
     "choose_sets",
+    "common_tiles",
     "config",
+    "counts",
     "deciding",
     "expected_blocks",
+    "launch_seconds",
     "least_pair",
     "predicted_seconds",
     "schedule",
     "seconds",
     "shapes",
     "tiles",
+    "together",
 ]
 
+SHAPES = {
+    False: (
+        *((8, 2, 1, 2), (8, 1, 2, 2), (8, 1, 4, 1), (16, 2, 1, 2), (16, 1, 4, 1), (32, 2, 1, 1), (32, 3, 1, 1)),
+        *((48, 3, 1, 1), (64, 2, 1, 1), (80, 3, 1, 1), (96, 2, 1, 1), (128, 2, 1, 1)),
+    ),
+    True: (
+        *((16, 1, 1, 2), (16, 2, 1, 1), (32, 1, 1, 2), (64, 2, 1, 1), (96, 1, 1, 2), (128, 2, 1, 1), (256, 2, 1, 1)),
+    ),
+}
+"""Tokens, row groups, channel groups and resident CTAs of tiles that one launch of several row sets has, with 16-bit
+and with 8-bit activations: such as have registers for four levels, and are fast where each level is a launch."""
 ORDERING = 2.0
 """Microseconds that it takes to put activations in order, where the kernel does not gather them."""
 _FEW_TOKENS, _EIGHTHS = 64, 8
@@ -93,14 +109,59 @@ EitherConfig: TypeAlias = ExpertsConfig | Sm80ExpertsConfig
 """How a kernel of either schedule runs a problem. Both know `block_tokens`, `activations`, `gathers`, `counters` and
 `floats`."""
 Problems: TypeAlias = tuple[ExpertsProblem, ...]
-"""The row sets of a product, each a launch: one, or one for each level of a mix."""
+"""The row sets of a product: one, or one for each level of a mix; which of them are one launch says `together`."""
 Configs: TypeAlias = tuple[EitherConfig, ...]
-"""How each row set runs."""
+"""How each row set runs; those of one launch have one tile."""
 
 
 def schedule(chip: Chip) -> str:
     """Return the schedule whose kernel takes all experts at once on a chip."""
     return SM90 if chip.capability == (9, 0) else SM80
+
+
+@functools.lru_cache(maxsize=4096)
+def together(problems: Problems, chip: Chip) -> bool:
+    """Tell whether one launch has all row sets of a product: several, on the sm90 schedule and in its usual mode."""
+    several = schedule(chip) == SM90 and len(problems) > 1 and not problems[0].batch_invariant
+    return several and len({one.activations for one in problems}) == 1 and bool(common_tiles(problems))
+
+
+def common_tiles(problems: Problems) -> tuple[Tile, ...]:
+    """Return the tile shapes that one launch of several row sets may have: of `SHAPES` what all of them can run."""
+    kind = problems[0].activations
+    few = (Tile(*shape[:3], 1, shape[3], kind) for shape in SHAPES[kind is not Activations.NATIVE])
+    return tuple(tile for tile in few if all(tile in tiles(one) for one in problems))
+
+
+@functools.lru_cache(maxsize=16384)
+def counts(problems: Problems, tile: Tile, chip: Chip, first: bool) -> tuple[int, ...]:
+    """Return the CTAs of every row set of one launch, of all that fit, at least one each.
+
+    They are dealt out as row tiles are many, then taken from who is done first for who is done last while that is done
+    earlier. How many blocks of tokens experts get the device alone knows: these are the counts for what is expected.
+    """
+    row_tiles = [-(-problem.oc // tile.rows) for problem in problems]
+    spare, ends = chip.sms * tile.resident - len(problems), [0, *itertools.accumulate(row_tiles)]
+    cuts = [round(spare * end / ends[-1]) for end in ends]
+    found = [1 + end - before for before, end in itertools.pairwise(cuts)]
+    times = [_microseconds(*one, tile, chip, first) for one in zip(problems, found, strict=True)]
+    step = max(1, spare // 8)
+    while step:
+        last, least = times.index(max(times)), times.index(min(times))
+        more, fewer = found[last] + step, found[least] - step
+        if last != least and fewer > 0:
+            sooner = _microseconds(problems[last], more, tile, chip, first)
+            later = _microseconds(problems[least], fewer, tile, chip, first)
+            if max(sooner, later) < times[last]:
+                found[last], found[least], times[last], times[least] = more, fewer, sooner, later
+                continue
+        step //= 2
+    return tuple(found)
+
+
+def _microseconds(problem: ExpertsProblem, ctas: int, tile: Tile, chip: Chip, first: bool) -> float:
+    load = experts_sm90.load(problem, tile, chip, first, ctas)
+    return experts_sm90.microseconds(load, experts_sm90.CONSTANTS)
 
 
 def config(problem: ExpertsProblem, tile: Tile, chip: Chip) -> ExpertsConfig:
@@ -159,7 +220,7 @@ def choose_sets(ups: Problems, downs: Problems, chip: Chip) -> tuple[Configs, Co
     tokens as are `deciding`.
 
     Args:
-        ups, downs: the row sets of either product, each a launch; none of one that is of no account.
+        ups, downs: the row sets of either product; none of one that is of no account.
         chip: where they run.
     """
     tokens = deciding((*ups, *downs)[0].tokens)
@@ -186,51 +247,80 @@ def choices_of_sets(ups: Problems, downs: Problems, chip: Chip) -> Iterator[tupl
 
 @functools.lru_cache(maxsize=4096)
 def _least(ups: Problems, downs: Problems, chip: Chip) -> tuple[Tile, ...]:
-    return _least_sets([(one, tiles(one)) for one in ups], [(one, tiles(one)) for one in downs], chip)
+    return _least_tiles(_launches(ups, chip), _launches(downs, chip), chip)
 
 
 def least_pair(
     up: ExpertsProblem, down: ExpertsProblem, ups: Iterable[Tile], downs: Iterable[Tile], chip: Chip
 ) -> tuple[Tile, Tile]:
     """Return the tiles of as many tokens as each other, one of each product's, of the least predicted time."""
-    first, second = _least_sets([(up, ups)], [(down, downs)], chip)
+    first, second = _least_tiles([((up,), ups)], [((down,), downs)], chip)
     return first, second
 
 
-_Available: TypeAlias = Sequence[tuple[ExpertsProblem, Iterable[Tile]]]
+_Launches: TypeAlias = Sequence[tuple[Problems, Iterable[Tile]]]
+"""The launches of a product: row sets of each, and the tiles that they may have."""
 
 
-def _least_sets(ups: _Available, downs: _Available, chip: Chip) -> tuple[Tile, ...]:
+def _launches(problems: Problems, chip: Chip) -> _Launches:
+    if together(problems, chip):
+        return [(problems, common_tiles(problems))]
+    return [((one,), tiles(one)) for one in problems]
+
+
+def _least_tiles(ups: _Launches, downs: _Launches, chip: Chip) -> tuple[Tile, ...]:
     """Return the tiles of as many tokens as each other, one of each row set's, of the least predicted time."""
     best: dict[int, list[tuple[float, Tile]]] = {}
-    for number, (problem, available) in enumerate((*ups, *downs)):
+    for number, (problems, available) in enumerate((*ups, *downs)):
         first, of_width = number < len(ups), dict[int, tuple[float, Tile]]()
         for tile in available:
-            time = seconds(problem, tile, chip, first)
-            if first and not experts_sm90.gathers(problem, tile):
+            time = launch_seconds(problems, tile, chip, first)
+            if first and not experts_sm90.gathers(problems[0], tile):
                 time += ORDERING * 1e-6 / len(ups)
             if tile.tokens not in of_width or time < of_width[tile.tokens][0]:
                 of_width[tile.tokens] = time, tile
         for width, found in of_width.items():
             best.setdefault(width, []).append(found)
     whole = [found for found in best.values() if len(found) == len(ups) + len(downs)]
-    return tuple(tile for _, tile in min(whole, key=lambda found: sum(time for time, _ in found)))
+    least = min(whole, key=lambda found: sum(time for time, _ in found))
+    return tuple(
+        tile for (problems, _), (_, tile) in zip((*ups, *downs), least, strict=True) for _ in range(len(problems))
+    )
 
 
 def predicted_seconds(ups: Problems, downs: Problems, chip: Chip) -> float:
     """Predict the time of both products of a layer's experts, all of their row sets, in seconds."""
     chosen = choose_sets(ups, downs, chip)
     total = 0.0
-    for number, (problems, configs) in enumerate(zip((ups, downs), chosen, strict=True)):
-        ordered = False
-        for problem, own in zip(problems, configs, strict=True):
-            if isinstance(own, Sm80ExpertsConfig):
-                total += experts_sm80.seconds(problem, own, chip)
-                continue
-            total += seconds(problem, own.tile, chip, number == 0)
-            ordered |= number == 0 and not own.gathers
-        total += ORDERING * 1e-6 * ordered
+    for first, problems, configs in zip((True, False), (ups, downs), chosen, strict=True):
+        if together(problems, chip):
+            total += launch_seconds(problems, _tile(configs[0]), chip, first)
+        else:
+            for problem, own in zip(problems, configs, strict=True):
+                if isinstance(own, Sm80ExpertsConfig):
+                    total += experts_sm80.seconds(problem, own, chip)
+                else:
+                    total += seconds(problem, own.tile, chip, first)
+        total += ORDERING * 1e-6 * (first and not all(own.gathers for own in configs))
     return total
+
+
+def _tile(config: EitherConfig) -> Tile:
+    assert isinstance(config, ExpertsConfig)
+    return config.tile
+
+
+def launch_seconds(problems: Problems, tile: Tile, chip: Chip, first: bool) -> float:
+    """Predict the time of a launch of the sm90 schedule: of one row set, or of several, of which the last one decides.
+
+    Args:
+        problems: the row sets.
+        tile, chip, first: as for `seconds`.
+    """
+    if len(problems) == 1:
+        return seconds(problems[0], tile, chip, first)
+    shared = zip(problems, counts(problems, tile, chip, first), strict=True)
+    return max(_microseconds(*one, tile, chip, first) for one in shared) * 1e-6
 
 
 def seconds(problem: ExpertsProblem, tile: Tile, chip: Chip, first: bool) -> float:

@@ -139,21 +139,27 @@ def splits(rest: int, slots: int, blocks: int, most: int) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def load(problem: ExpertsProblem, tile: Tile, chip: Chip, first: bool) -> Load:
-    """Return what a launch of one of the two products does with a tile, the mean over random routings."""
+def load(problem: ExpertsProblem, tile: Tile, chip: Chip, first: bool, ctas: int = 0) -> Load:
+    """Return what a launch of one of the two products does with a tile, the mean over random routings.
+
+    Args:
+        problem, tile, chip, first: as for `experts.seconds`.
+        ctas: that have these rows, where others have those of other row sets; 0 where all do that fit.
+    """
     costs = cost.of(chip.name)[tile]
     pairs = problem.tokens * problem.top_k
     expected = expected_blocks(problem.tokens, problem.top_k / problem.experts, tile.tokens)
     mean, deviation = problem.experts * expected.blocks, math.sqrt(problem.experts * expected.variance)
     row_tiles, blocks = -(-problem.oc // tile.rows), -(-problem.ic // BLOCK_IC)
-    slots, most = chip.sms * tile.resident, most_splits(problem, tile)
+    fitting, most = chip.sms * tile.resident, most_splits(problem, tile)
+    slots = ctas or fitting
     shared = alone = waves = exchange = 0.0
     for deviations in _DEVIATIONS:
         count = min(max(round(mean + deviations * deviation), problem.top_k), pairs) * row_tiles
         whole, rest = divmod(count, slots)
         parts = splits(rest, slots, blocks, most)
         last, length = -(-rest * parts // slots), -(-blocks // parts)
-        together = rest * parts > chip.sms
+        together = ctas > 0 or rest * parts > chip.sms
         shared += whole * blocks + (last * length if together else 0)
         alone += 0 if together else last * length
         waves += whole + last
@@ -177,7 +183,7 @@ def load(problem: ExpertsProblem, tile: Tile, chip: Chip, first: bool) -> Load:
         exchange=exchange / of,
         block=block_bytes * chip.sms / chip.bandwidth * 1e6,
         rows=tokens if fetches else 0.0,
-        through_l2=mean * (units * weight_bytes + row_tiles * x_bytes) * blocks / chip.sms * 1e-3,
+        through_l2=mean * (units * weight_bytes + row_tiles * x_bytes) * blocks / chip.sms * 1e-3 * fitting / slots,
         kilobytes=tile.rows * tile.tokens * 4 / 1024,
         first=float(first),
         aligned=float(slots % row_tiles == 0),

@@ -14,8 +14,8 @@ from tersor.kernels.tune.problem import LinearProblem
 from tersor.kernels.tune.schedules import predict, seconds
 
 GATHERED = 3e-6
-"""Seconds of the two launches that put in order what the row sets of a mix give (`ops.grouped`, and `ops.mixed` where
-no kernel takes them all): what two launches of little work take one behind the other."""
+"""Seconds of the two launches that put in order what the row sets of a mix give where no kernel takes them all
+(`ops.grouped`, `ops.mixed`): what two launches of little work take one behind the other."""
 
 
 def linear_seconds(problems: Sequence[LinearProblem], chip: Chip) -> float:
@@ -34,7 +34,8 @@ def linear_seconds(problems: Sequence[LinearProblem], chip: Chip) -> float:
 
 def experts_seconds(ups: tune_experts.Problems, downs: tune_experts.Problems, chip: Chip) -> float:
     """Predict the time of both products of the experts of a layer, of either alone where the other has no row sets."""
-    return tune_experts.predicted_seconds(ups, downs, chip) + ordering_seconds(ups) + ordering_seconds(downs)
+    apart = [sets for sets in (ups, downs) if not tune_experts.together(sets, chip)]
+    return tune_experts.predicted_seconds(ups, downs, chip) + sum(map(ordering_seconds, apart))
 
 
 def ordering_seconds(sets: Sequence[object]) -> float:

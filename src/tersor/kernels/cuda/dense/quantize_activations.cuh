@@ -1,14 +1,19 @@
 // Activations as bytes with a scale for each token, or each 128 channels of one (common/quantized.cuh). One CTA a row of
 // codes, with threads for all pieces of a row: all of it is under way at once. Parameters: BF16 (1: bf16 activations, 0:
-// fp16), INT8 (1: int8, 0: e4m3), X_GROUPS (1: scales in groups, 0: one a token).
+// fp16), INT8 (1: int8, 0: e4m3), X_GROUPS (1: scales in groups, 0: one a token), EPILOGUE (common/gate.cuh; not 0: a row
+// holds gate, then up, which become one first) and RELU (without a gate, 1: what is negative becomes 0 first). What those
+// make is rounded to 16 bits as small/pointwise.cuh rounds it.
 #pragma once
 
+#include "common/gate.cuh"
 #include "common/launch.cuh"
+#include "common/ptx.cuh"
 #include "common/quantized.cuh"
 
 namespace quantize {
 
 constexpr int kMostThreads = 1024;
+constexpr int kResident = gate::kGated ? 1 : 2;  // CTAs of as many threads on a multiprocessor: a gate takes registers
 constexpr int kKept = 4;  // pieces of 8 channels that a thread keeps in registers; longer rows are read twice
 constexpr int kAhead = 2;  // pieces that are under way for a thread, of scales in groups, which need no row as a whole
 
@@ -17,7 +22,7 @@ struct alignas(16) Piece {
 };
 
 // Channels first .. first + 7 of a row; zeros beyond its end. Read past L1, as residuals are (sm90_finish.cuh).
-__device__ __forceinline__ Piece load(const u16* row, int first, int ic, bool whole) {
+__device__ __forceinline__ Piece load_given(const u16* row, int first, int ic, bool whole) {
     Piece piece;
     if (whole) {
         *reinterpret_cast<uint4*>(piece.values) = __ldcg(reinterpret_cast<const uint4*>(row + first));
@@ -28,16 +33,35 @@ __device__ __forceinline__ Piece load(const u16* row, int first, int ic, bool wh
     return piece;
 }
 
+// The same of what is quantised.
+__device__ __forceinline__ Piece load(const u16* row, int first, int ic, bool whole) {
+    Piece piece = load_given(row, first, ic, whole);
+    if constexpr (gate::kGated) {
+        const Piece ups = load_given(row + ic, first, ic, whole);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            const float one = gate::combine(ptx::widen<BF16>(piece.values[i]), ptx::widen<BF16>(ups.values[i]));
+            piece.values[i] = ptx::narrow<BF16>(one);  // 0 beyond the end, too
+        }
+    } else if constexpr (RELU) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            if (ptx::widen<BF16>(piece.values[i]) < 0.0f) piece.values[i] = 0;  // NaN stays NaN
+        }
+    }
+    return piece;
+}
+
 }  // namespace quantize
 
-extern "C" __global__ void __launch_bounds__(quantize::kMostThreads, 2) TERSOR_ENTRY(
-    const u16* __restrict__ x,    // [tokens, IC]
+extern "C" __global__ void __launch_bounds__(quantize::kMostThreads, quantize::kResident) TERSOR_ENTRY(
+    const u16* __restrict__ x,    // [tokens, IC], with a gate [tokens, 2 * IC]
     const int* order,             // [N] or null: row i is that of token order[i] / top_k, or of token i
     unsigned char* codes,         // [N, codes_stride], the last bytes of a row are padding
     float* scales,                // [N] or, in groups, as quantized::scale_at says
     long long stride,
     long long codes_stride,       // a multiple of 16, at least IC
-    int ic,
+    int ic,                       // channels of a row of codes
     int whole,                    // whether rows of x are whole pieces that start on 16 bytes
     int top_k) {
     using namespace quantize;

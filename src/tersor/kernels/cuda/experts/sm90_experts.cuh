@@ -8,52 +8,10 @@
 // had ended before the kernel ahead started, so weights are fetched while that one still runs).
 #pragma once
 
-#include "common/ptx.cuh"
-#include "common/ring.cuh"
 #include "common/tensor_map.cuh"
-#include "dense/sm90_item.cuh"
-#include "dense/sm90_pipeline.cuh"
 #include "experts/fetch.cuh"
+#include "experts/sm90_cta.cuh"
 #include "experts/sm90_work.cuh"
-
-namespace linear {
-
-static_assert(kCluster == 1 && GATHERS == 1, "clusters do not know which tiles there are");
-static_assert(!GATHERS_TOKENS || (kSlotPieces == kPieces && !TABLES_READY), "a thread fetches each row of a slot");
-
-// The thread that copies the activations of each pair's token: a box of the tensor map is one row. `tokens` is shared
-// memory for the tokens of a block, which this thread alone uses: registers are few.
-__device__ __forceinline__ void copy_tokens(
-    const XRing& ring, const Work& work, const TensorMap& x_map, const int* order, int top_k, int* tokens) {
-    ptx::prefetch_map(&x_map);
-    const float inverse = 1.0f / top_k;
-    XRing::Place at(0);
-    for_items(work, 0, [&](const Item& item) {
-        const int count = item.end_token - item.first_token;
-#pragma unroll 4
-        for (int i = 0; i < count; ++i) {
-            const float pair = __ldcg(order + item.first_token + i);
-            tokens[i] = static_cast<int>((pair + 0.5f) * inverse);  // exact for up to two million pairs
-        }
-#pragma unroll 1
-        for (int block = item.first_block; block < item.last_block; ++block, at.advance()) {
-            ring.wait_emptied(at);
-            ptx::barrier_expect(ring.filled(at), kPieces * count * 128);
-            u32 target = ring.address(at);
-#pragma unroll 1
-            for (int i = 0; i < count; ++i, target += 128) {
-                const int token = tokens[i];
-#pragma unroll
-                for (int piece = 0; piece < kPieces; ++piece) {
-                    const int channel = block * tile::kColumns + piece * kPieceChannels;
-                    ptx::tensor_copy(target + piece * kXPiece, &x_map, channel, token, ring.filled(at));
-                }
-            }
-        }
-    });
-}
-
-}  // namespace linear
 
 extern "C" __global__ void __launch_bounds__(linear::kThreads, RESIDENT) TERSOR_ENTRY(
     const __grid_constant__ TensorMap x_map,  // x [tokens or pairs, IC], boxes of x_rows x 128 bytes
@@ -76,60 +34,14 @@ extern "C" __global__ void __launch_bounds__(linear::kThreads, RESIDENT) TERSOR_
     int most_splits,
     float factor) {                                   // the power of two that the decoded weights still lack
     using namespace linear;
-    static_assert(!kXGroups, "items begin with any token, and copies of scales with every fourth");
     extern __shared__ __align__(1024) char slots[];
-    __shared__ __align__(8) u64 barriers[2 * (kXSlots + kWeightSlots)];
-    __shared__ __align__(8) float token_scales[kBytewise ? kTokens : 1];
+    __shared__ __align__(8) u64 barriers[kExpertsBarriers];
+    __shared__ __align__(8) float token_scales[kExpertsTokenScales];
     __shared__ int block_tokens[GATHERS_TOKENS ? kTokens : 1];
-    const u32 base = ptx::shared_address(slots), first_barrier = ptx::shared_address(barriers);
-    const XRing xs{base, kXSlotBytes, first_barrier};
-    const WeightRing weights{base + kWeightsAt, kWeightSlotBytes, first_barrier + ring::kBarrierBytes * kXSlots};
-    const Shared shared{slots, token_scales, base, 0, 0, 0};
-    Work work(oc, ic, table, most_blocks);
-
-    // The next kernel may rely on the tables before this one has ended, so it is let go only once they are known here.
-    const auto meet = [&] {
-        ptx::sync_threads<kAllBarrier, kThreads>();
-        if constexpr (!TABLES_READY) ptx::wait_for_earlier_kernels();
-        ptx::launch_dependents();
-        work.read(most_splits);
-    };
-    if (threadIdx.x >= kConsumers) {
-        ptx::give_registers<kCopyRegisters>();
-        const int warp = __shfl_sync(~0u, (threadIdx.x - kConsumers) / 32, 0);
-        if (warp == 0 && ptx::elect()) {
-            weights.start(kReaders);
-            xs.start(kReaders);
-            ptx::barrier_init_fence();
-        }
-        __syncwarp();
-        meet();
-        if (ptx::elect()) {
-            if (warp == 0) {
-                copy_weights<true>(weights, work, 0, weight);
-                if (following != nullptr) fetch_experts(work, following, following_bytes);
-            }
-            if (warp == 1) {
-                if constexpr (GATHERS_TOKENS) {
-                    copy_tokens(xs, work, x_map, order, top_k, block_tokens);
-                } else {
-                    copy_activations(xs, work, 0, x_map, x_rows, x_scale, 0);
-                }
-            }
-            if (kGroups > 0 && warp == 2) copy_weights<false>(weights, work, 0, scale);
-        }
-    } else {
-        meet();
-        ptx::take_registers<kComputeRegisters>();
-        const int padded = (oc + tile::kUnitRows - 1) / tile::kUnitRows * tile::kUnitRows;
-        u32 use = 0;
-        for_items(work, 0, [&](const Item& item) {
-            const long long rows_before = static_cast<long long>(item.matrix) * padded;
-            const float* row_scales = reinterpret_cast<const float*>(scale) + rows_before * scales::kRowWords;
-            const u16* biases = bias == nullptr ? nullptr : bias + static_cast<long long>(item.matrix) * oc;
-            const Operands of{row_scales, biases, x_scale, nullptr, y, partial, arrived, factor, {}, {}, {}};
-            run_item(work, item, 0, weights, xs, shared, of, use, false);
-            use += item.last_block - item.first_block;
-        });
-    }
+    const Routed of{x_map, order, top_k, x_rows, x_scale, bias, oc, y, partial, arrived, slots, barriers, token_scales,
+                    block_tokens};
+    Work work(oc, ic, table, most_blocks, blockIdx.x, gridDim.x, 0, most_splits);
+    run_experts(work, of, weight, scale, factor, {}, [&] {
+        if (following != nullptr) fetch_experts(work, following, following_bytes);
+    });
 }

@@ -1,6 +1,7 @@
 // What a launch of sm90_experts.cuh asks for: every expert's matrix with the tokens that were routed to it. How many
 // those are only the device knows; the tables that say it are made by route.cuh.
-#pragma once
+#ifndef TERSOR_EXPERTS_SM90_WORK  // of a row set: may be read again for another (mixed/sm90_level.cuh)
+#define TERSOR_EXPERTS_SM90_WORK
 
 #include "common/ptx.cuh"
 #include "common/tile.cuh"
@@ -17,6 +18,8 @@ namespace linear {
 struct Work {
     int oc, ic;        // of one expert
     const int4* table;
+    u32 cta, ctas;     // which of those is this that have these rows
+    int before, most;  // CTAs that have others, ahead of those; parts of a tile at the most
     int whole_tiles, splits;
     u32 row_tiles, tiles;
     u32 first_entry;   // of the table, and what it says: that of this CTA's first item, unless that is of a split tile
@@ -24,27 +27,29 @@ struct Work {
 
     __device__ __forceinline__ int blocks() const { return (ic + tile::kColumns - 1) / tile::kColumns; }
     __device__ __forceinline__ int items() const { return whole_tiles + (tiles - whole_tiles) * splits; }
-    __device__ __forceinline__ int first() const { return blockIdx.x; }
-    __device__ __forceinline__ int step() const { return gridDim.x; }
-    __device__ __forceinline__ int output(const Item& item, int) const { return item.tile - whole_tiles; }
-    __device__ __forceinline__ long long parts_before(const Item& item, int rank) const {
-        return static_cast<long long>(output(item, rank)) * splits;
+    __device__ __forceinline__ int first() const { return cta; }
+    __device__ __forceinline__ int step() const { return ctas; }
+    __device__ __forceinline__ int output(const Item& item, int) const { return before + item.tile - whole_tiles; }
+    __device__ __forceinline__ long long parts_before(const Item& item, int) const {
+        return static_cast<long long>(before) * most + static_cast<long long>(item.tile - whole_tiles) * splits;
     }
 
     // Before the tables are there.
-    __device__ __forceinline__ Work(int oc, int ic, const int4* table, int most_blocks)
-        : oc(oc), ic(ic), table(table), splits(1), row_tiles((oc + kRows - 1) / kRows) {
-        first_entry = min(blockIdx.x / row_tiles, static_cast<u32>(most_blocks - 1));
+    __device__ __forceinline__ Work(
+        int oc, int ic, const int4* table, int most_blocks, u32 cta, u32 ctas, int before, int most)
+        : oc(oc), ic(ic), table(table), cta(cta), ctas(ctas), before(before), most(most), splits(1),
+          row_tiles((oc + kRows - 1) / kRows) {
+        first_entry = min(cta / row_tiles, static_cast<u32>(most_blocks - 1));
     }
 
     // Reads how many tiles there are, and settles how those beyond whole waves of CTAs are split: so that the last wave
     // is short, where an exchange of sums costs less than that gains.
-    __device__ __forceinline__ void read(u32 most_splits) {
+    __device__ __forceinline__ void read() {
         const int count = __ldcg(reinterpret_cast<const int*>(table));
         entry = __ldcg(table + 1 + first_entry);  // not after the count, but beside it
         tiles = row_tiles * static_cast<u32>(count);
         whole_tiles = tiles;
-        const u32 slots = gridDim.x, rest = tiles % slots;
+        const u32 slots = ctas, rest = tiles % slots, most_splits = most;
         if (rest == 0 || most_splits < 2) return;
         const float across = static_cast<float>(rest) / slots, length = blocks();
         float least = length;
@@ -81,3 +86,5 @@ private:
 };
 
 }  // namespace linear
+
+#endif  // TERSOR_EXPERTS_SM90_WORK

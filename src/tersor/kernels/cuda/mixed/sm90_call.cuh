@@ -1,5 +1,5 @@
-// What a launch of sm90_mixed.cuh is given, beside sizes: the row sets of a mixed weight (tersor/layouts/mixed.py), and
-// which CTAs have which.
+// What a launch with several row sets is given, beside sizes: those of a mixed weight (tersor/layouts/mixed.py) or of the
+// experts of a layer (layouts/stacked_mixed.py), and which CTAs have which.
 #pragma once
 
 #include "common/ptx.cuh"
@@ -21,8 +21,8 @@ struct RowSets {
 struct Share {
     int rows;         // of the row set; 0 where the weight has none of the level
     int end;          // clusters of this level and of those before it
-    int whole_tiles;  // of clusters: taken in turn, over all blocks; what is left is dealt out evenly
-    int output;       // tiles dealt out at the levels before
+    int whole_tiles;  // of clusters: taken in turn, over all blocks; what is left is dealt out evenly; not of experts
+    int output;       // tiles dealt out at the levels before; not of experts
 };
 struct Shares {
     Share of[kMostLevels];

@@ -1,6 +1,6 @@
-// The code of one level of sm90_mixed.cuh: the rings, products and results of the dense kernel, in a namespace of the
-// level's own. It is read once a level, each time with another LEVEL, and so are all headers below it that depend on the
-// scheme of a weight.
+// The code of one level of sm90_mixed.cuh or, with GATHERS_TOKENS, of experts/sm90_mixed.cuh: the rings, products and
+// results of the dense kernel, in a namespace of the level's own. It is read once a level, each time with another LEVEL, and
+// so are all headers below it that depend on the scheme of a weight.
 //
 // Parameters: LEVEL, and those of sm90_linear.cuh that differ from level to level, named with it: BITS_0 of level 0.
 
@@ -42,6 +42,8 @@
 #undef TERSOR_DENSE_SM90_PIPELINE
 #undef TERSOR_DENSE_SM90_PLACES
 #undef TERSOR_DENSE_SM90_STORE
+#undef TERSOR_EXPERTS_SM90_CTA
+#undef TERSOR_EXPERTS_SM90_WORK
 #undef TERSOR_MIXED_SM90_WORK
 
 #include "common/gate.cuh"
@@ -53,10 +55,34 @@
 
 namespace TERSOR_OF_LEVEL(level) {
 
+#ifdef GATHERS_TOKENS
+#include "experts/sm90_cta.cuh"
+#else
 #include "dense/sm90_cta.cuh"
 #include "mixed/sm90_work.cuh"
+#endif
 
 namespace linear {
+
+// Where the results of a row set go whose channels begin with `first_channel` of all.
+__device__ __forceinline__ Places places_of(const int* features, int outputs, int first_channel) {
+    const bool wide = features == nullptr && (first_channel | outputs) % 8 == 0;
+    return {features == nullptr ? nullptr : features + first_channel, first_channel, outputs, wide};
+}
+
+#ifdef GATHERS_TOKENS
+constexpr int kSetBarriers = kExpertsBarriers;
+
+// A CTA of this level, of all experts: one of those from `first_cta` on.
+__device__ __forceinline__ void run_set(
+    const Routed& of, const int* features, int outputs, int ic, const int4* table, int most_blocks, int most_splits,
+    const char* weight, const char* scale, const mixed::Share& share, int first_cta, int first_channel) {
+    Work work(
+        share.rows, ic, table, most_blocks, blockIdx.x - first_cta, share.end - first_cta, first_cta, most_splits);
+    run_experts(work, of, weight, scale, FACTOR, places_of(features, outputs, first_channel), [] {});
+}
+#else
+constexpr int kSetBarriers = kBarriers;
 
 // A CTA of this level: one of those from `first_cta` on, in clusters, whose rows begin with channel `first_channel` of all.
 __device__ __forceinline__ void run_set(
@@ -68,9 +94,7 @@ __device__ __forceinline__ void run_set(
             share.rows, call.ic, call.n, share.whole_tiles, kSlotBoxes * call.x_rows, call.cluster - first_cta,
             share.end - first_cta, call.splits, share.output, call.most_parts);
     };
-    const bool wide = call.features == nullptr && (first_channel | call.outputs) % 8 == 0;
-    const int* features = call.features == nullptr ? nullptr : call.features + first_channel;
-    const Places places{features, first_channel, call.outputs, wide};
+    const Places places = places_of(call.features, call.outputs, first_channel);
     const float* row_scales = reinterpret_cast<const float*>(scale);
     const Operands of{row_scales, call.bias, call.x_scale, call.residual, call.y, call.partial, call.arrived, FACTOR,
                       {}, places, {}};
@@ -78,6 +102,7 @@ __device__ __forceinline__ void run_set(
     run_cta<Work>(
         make, kept, call.x_map, weight, scale, of, call.x_rows, call.splits, call.slots, call.barriers, call.token_scales);
 }
+#endif
 
 }  // namespace linear
 
