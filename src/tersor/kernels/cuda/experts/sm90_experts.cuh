@@ -78,7 +78,7 @@ extern "C" __global__ void __launch_bounds__(linear::kThreads, RESIDENT) TERSOR_
     using namespace linear;
     static_assert(!kXGroups, "items begin with any token, and copies of scales with every fourth");
     extern __shared__ __align__(1024) char slots[];
-    __shared__ __align__(8) u64 barriers[2 * (kXSlots + kWeightSlots)];
+    __shared__ __align__(8) u64 barriers[2 * (kXSlots + kWeightSlots) + kMoreBarriers];
     __shared__ __align__(8) float token_scales[kBytewise ? kTokens : 1];
     __shared__ int block_tokens[GATHERS_TOKENS ? kTokens : 1];
     const u32 base = ptx::shared_address(slots), first_barrier = ptx::shared_address(barriers);
@@ -100,6 +100,7 @@ extern "C" __global__ void __launch_bounds__(linear::kThreads, RESIDENT) TERSOR_
         if (warp == 0 && ptx::elect()) {
             weights.start(kReaders);
             xs.start(kReaders);
+            start_turns(weights);
             ptx::barrier_init_fence();
         }
         __syncwarp();
