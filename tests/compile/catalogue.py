@@ -252,6 +252,11 @@ WHOLE = (
     Traits(_whole(16, 1, 2, True), "uint4", "float16", 128, gated=1),
     Traits(_whole(64, 1, 2, True), "uint7", "bfloat16", 32),
     Traits(_whole(128, 2, 1, True), "int8", "bfloat16"),
+    Traits(_whole(160, 2, 1), "uint6", "bfloat16", 256, gated=3),
+    Traits(_whole(256, 2, 1), "uint4", "float16", 128),
+    Traits(_whole(256, 2, 1), "int8", "bfloat16", 128, gated=4),
+    Traits(_whole(256, 2, 1, True), "uint4", "float16", 128, gated=2),
+    Traits(_whole(256, 2, 1, True), "int8", "bfloat16"),
 )
 """Kernels with int8 activations: they have the tiles of those with e4m3, so few meet what is new, decoders and sums."""
 
@@ -374,14 +379,9 @@ def _epilogues() -> list[KernelSource]:
 
 
 _OLDER_EXPERTS = (
-    (8, "fp6_e3m2", "float16", None, 1),
-    (8, "uint4", "bfloat16", 128, 0),
-    (16, "int4", "float16", 64, 2),
-    (16, "fp5_e2m2", "bfloat16", None, 0),
-    (32, "uint8", "float16", None, 3),
-    (32, "fp4_e2m1", "bfloat16", 32, 0),
-    (64, "fp6_e3m2", "float16", 16, 4),
-    (64, "fp5_e2m2", "bfloat16", 32, 0),
+    *((8, "fp6_e3m2", "float16", None, 1), (8, "uint4", "bfloat16", 128, 0), (16, "int4", "float16", 64, 2)),
+    *((16, "fp5_e2m2", "bfloat16", None, 0), (32, "uint8", "float16", None, 3), (32, "fp4_e2m1", "bfloat16", 32, 0)),
+    *((64, "fp6_e3m2", "float16", 16, 4), (64, "fp5_e2m2", "bfloat16", 32, 0)),
 )
 """Tokens of a tile, format, dtype, group size and gate: what the sm80 schedule's kernel of experts is built with."""
 

@@ -53,6 +53,9 @@ KERNELS = (
     ("eight bits", "int8", (128, 2, 1, 1), 0),
     ("seven bits", "float8_e4m3fn", (128, 2, 1, 1), 0),
     ("small floats", "float8_e4m3fn", (256, 2, 1, 1), 0),
+    ("seven bits", "float8_e4m3fn", (256, 2, 1, 1), 1),
+    ("eight bits", "int8", (256, 2, 1, 1), 0),
+    ("eight bits", "int8_g128", (256, 2, 1, 1), 2),
 )
 """Levels, decode target, tile (tokens, row groups, channel groups, resident CTAs), gate."""
 EXPERTS = (

@@ -21,6 +21,7 @@ pytestmark = pytest.mark.skipif(
 REPEATS = 60
 """Launches of one product, one upon the other."""
 INT8, IN_GROUPS = Activations.INT8, Activations.INT8_GROUPS
+IN_PIECES = sm90.Tile(256, 2, 1, 1, 1, IN_GROUPS)
 ROWS = ("int8", "int4", "int3", "int7", "uint4", "uint7", "uint5", "uint1")
 GROUPS = (("int8", 128), ("uint4", 128), ("uint4", 64), ("int4", 32), ("uint7", 32), ("uint3", 256))
 
@@ -121,10 +122,10 @@ def test_odd_sizes_and_strides() -> None:
 
 
 @pytest.mark.parametrize(("name", "group_size"), [("int8", None), ("uint4", 128)])
-@pytest.mark.parametrize("tile", (*sm90.tiles(0, INT8), *sm90.tiles(0, IN_GROUPS)), ids=str)
+@pytest.mark.parametrize("tile", dict.fromkeys((*sm90.tiles(0, INT8), *sm90.tiles(0, IN_GROUPS), IN_PIECES)), ids=str)
 def test_every_tile_in_turn_and_in_parts(tile: sm90.Tile, name: str, group_size: int | None) -> None:
     """A few CTAs that take several items each, split tiles among them; whole sums do not depend on that."""
-    if group_size is not None and not tile.grouped:
+    if group_size is not None and not (tile.grouped or tile.in_pieces):
         pytest.skip("scales in groups need a second set of sums")
     chip = hardware.of_device(0)
     oc, ic, n = 700, 1152, 3 * tile.tokens - 5

@@ -48,6 +48,11 @@ inline void barrier_arrive(u32 barrier) {
     ++emulated::arrivals[barrier / 8];
 }
 
+// At a barrier of 128 threads that nothing but threads arrives at.
+inline void barrier_wait(u32 barrier, u32 parity) {
+    while (emulated::arrivals[barrier / 8] / 128 % 2 == static_cast<int>(parity)) emulated::yield();
+}
+
 // What other warps, or weights that become floats, would use.
 #define TERSOR_UNUSED(NAME)                                                                  \
     template <class... All>                                                                  \
@@ -56,6 +61,7 @@ inline void barrier_arrive(u32 barrier) {
     }
 TERSOR_UNUSED(barrier_arrive_at)
 TERSOR_UNUSED(barrier_expect)
+TERSOR_UNUSED(barrier_init)
 TERSOR_UNUSED(bulk_copy)
 TERSOR_UNUSED(bulk_copy_once)
 TERSOR_UNUSED(copy_async_16_once)

@@ -15,6 +15,7 @@ from tersor.formats import Activations, get_scheme, scale_values
 from tersor.hardware import CHIPS
 from tersor.kernels import dense
 from tersor.kernels.tune import sm90
+from tersor.kernels.tune import tile as tiles
 from tersor.layouts import PackedWeight
 from tersor.layouts.packing import BYTEWISE
 
@@ -80,7 +81,7 @@ def sums_of(
     for name in ("ptx", "ring", "wgmma"):
         (folder / "common").mkdir(exist_ok=True)
         (folder / "common" / f"{name}.cuh").write_text('#pragma once\n#include "emulated_bytes.hpp"\n')
-    includes = '#include "emulated_bytes.hpp"\n#include "dense/sm90_multiply_bytes.cuh"'
+    includes = '#include "emulated_bytes.hpp"\n#include "dense/sm90_multiply_pieces.cuh"'
     (folder / "unit.cpp").write_text("\n".join([*defines, includes, RUN]))
     assert COMPILER is not None
     options = ["-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-fno-strict-aliasing"]
@@ -108,6 +109,11 @@ def sums_of(
         (Activations.E4M3, "int5", None, (16, 1, 2), 5, 3),  # sums settle after four blocks
         (Activations.E4M3, "uint3", None, (144, 2, 1), 2, 1),
         (Activations.E4M3, "uint4", 64, (16, 2, 1), 2, 0),
+        (Activations.INT8, "uint4", 128, (256, 2, 1), 3, 4),  # pieces of the tokens
+        (Activations.INT8, "int8", 128, (192, 2, 1), 1, 0),
+        (Activations.INT8_GROUPS, "int8", None, (256, 2, 1), 2, 7),
+        (Activations.INT8_GROUPS, "uint6", 128, (256, 2, 1), 2, 1),
+        (Activations.E4M3, "uint4", 128, (256, 2, 1), 2, 9),
     ],
 )
 def test_sums_are_those_of_whole_numbers(
@@ -139,3 +145,20 @@ def test_sums_are_those_of_whole_numbers(
     scaled = x.double() if activations.group_size is None else activations.dequantize(x, x_scale.T.double())
     expected = values @ scaled.T
     torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max()))
+
+
+def test_sums_are_the_same_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order of sums does not depend on the form of the kernel."""
+    generator, ic = torch.Generator().manual_seed(1), 256
+    tile = sm90.Tile(128, 2, 1, 1, 1, Activations.INT8)
+    weight = PackedWeight.from_encoded(
+        quantize_rtn(torch.randn(128, ic, generator=generator) + 0.3, get_scheme("uint4", 128))
+    )
+    x = torch.randint(-127, 128, (128, ic), generator=generator).to(torch.int8)
+    found = []
+    for least in (160, 128):
+        monkeypatch.setattr(tiles, "PIECES_FROM", least)
+        folder = tmp_path / str(least)
+        folder.mkdir()
+        found.append(sums_of(weight, x, torch.ones(2, 128), tile, 3, folder))
+    assert torch.equal(*found)

@@ -145,6 +145,20 @@ def test_scales_of_tokens_come_with_their_blocks(activations: Activations, folde
         torch.testing.assert_close(y.double(), exact, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("activations", [Activations.INT8, Activations.INT8_GROUPS])
+def test_pieces_of_many_tokens_are_scaled_by_turns(activations: Activations, folder: Path) -> None:
+    """Two warpgroups that begin with a block by turns, in several items one behind the other, and a level without."""
+    rows, n, ic = 160, 130, 384
+    form = Assignment(Mix((get_scheme("uint4", 128), get_scheme("int8"))), bytes(int(i % 5 == 0) for i in range(rows)))
+    generator = torch.Generator().manual_seed(4)
+    plain = mixed(torch.randn(rows, ic, generator=generator) + 0.2, form)
+    launched = Launched(plain, sm90.Tile(256, 2, 1, 1, 1, activations), None, folder)
+    x = torch.randn(n, ic, generator=generator).half()
+    read = activations.dequantize(*activations.quantize(x.float())).double()
+    y, _ = launched(x, 3)
+    torch.testing.assert_close(y.double(), read @ plain.dequantize().double().T, rtol=1e-3, atol=2e-3)
+
+
 def test_gate_and_up_of_a_row_set_become_the_channels_of_their_features(folder: Path) -> None:
     channels, n = 77, 5
     gate_up = [mixed(matrix(channels, seed), form(channels, False)) for seed in (1, 2)]

@@ -247,6 +247,31 @@ def test_scales_in_groups_keep_two_sets_of_sums() -> None:
     assert registers[sm90.Tile(64, 1, 1, 1, 2)] == 216
 
 
+def test_tiles_in_pieces_are_there_once_they_are_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For one scale of a row in a block, or of a token; more scales have the tiles that they had."""
+    monkeypatch.setattr("tersor.kernels.tune.tile.CHOOSES_PIECES", False)
+    before = {(count, kind): set(sm90.tiles(count, kind)) for count in (0, 1, 2) for kind in Activations}
+    monkeypatch.setattr("tersor.kernels.tune.tile.CHOOSES_PIECES", True)
+    more = {key: {tile.tokens for tile in set(sm90.tiles(*key)) - tiles} for key, tiles in before.items()}
+    wide = {160, 192, 224, 256}
+    assert more == {key: set() for key in before} | {
+        (1, Activations.E4M3): wide,
+        (1, Activations.INT8): wide,
+        (0, Activations.INT8_GROUPS): {256},
+        (1, Activations.INT8_GROUPS): {256},
+    }
+
+
+def test_the_kernel_of_a_tile_knows_whether_it_multiplies_pieces() -> None:
+    found = set()
+    for name, size, tokens in (("uint4", 128, 256), ("uint4", 128, 128), ("uint4", None, 256), ("uint4", 32, 256)):
+        packing = Packing.of(formats.get_scheme(name, size), "int8")
+        one = sm90.Tile(tokens, 2, 1, 1, 1, Activations.INT8)
+        source = family.sm90_source(packing, "float16", one, one.slots(4, 0, H200), 0)
+        found.add((size, tokens, source.parameters["PIECES"]))
+    assert found == {(128, 256, True), (128, 128, False), (None, 256, False), (32, 256, False)}
+
+
 @pytest.mark.parametrize("chip", ALL_CHIPS, ids=lambda chip: chip.name)
 @pytest.mark.parametrize("groups", [0, 1, 2, 4, 8])
 def test_rings_fit_every_chip(chip: Chip, groups: int) -> None:

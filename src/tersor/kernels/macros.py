@@ -52,6 +52,7 @@ def sm90_macros(
         "BF16": result == "bfloat16",
         "BYTES": tile.bytewise,
         "X_GROUPS": tile.activations.group_size is not None,
+        "PIECES": tile.in_pieces and _one_scale(packing, tile.activations),
         "BYTE_WEIGHT": _BYTE_WEIGHTS.get(packing.group.operand, 4),
         "N_TILE": tile.tokens,
         "ROW_GROUPS": tile.row_groups,
@@ -69,6 +70,11 @@ def sm90_macros(
         "PLACED": placed,
         "OUTLIERS": outliers,
     }
+
+
+def _one_scale(packing: Packing, activations: Activations) -> bool:
+    """Whether sums of a block are scaled as a whole: a row, a token or both have one scale there."""
+    return packing.scales_in_block == 1 or (packing.scales_in_block == 0 and activations.group_size is not None)
 
 
 def quantized_macros(activations: Activations) -> dict[str, int | bool | str]:

@@ -93,6 +93,7 @@ def _parameters(packing: SparsePacking, tile: SparseTile, gate: int) -> dict[str
         "BF16": packing.target == "bfloat16",
         "BYTES": False,
         "BYTE_WEIGHT": 4,
+        "PIECES": False,
         "N_TILE": tile.tokens,
         "ROW_GROUPS": tile.row_groups,
         "K_GROUPS": 1,

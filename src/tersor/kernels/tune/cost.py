@@ -4,7 +4,7 @@ A chip without a file of its own has the costs of an H200; what differs in bandw
 from `Chip`. `bench/costs.py` fits a file to times that `bench/sweep.py` takes on such a chip.
 
 Where a file has no tiles for int8 activations they are those for e4m3 that have registers for it, and cost as much:
-they move the same bytes and ask the same of the tensor cores.
+they move the same bytes and ask the same of the tensor cores. So do, with scales of activations, those of int8.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def _parse(content: Any) -> tuple[str, dict[Tile, Cost]]:
         found |= {
             replace(tile, activations=Activations.INT8_GROUPS): costs
             for tile, costs in found.items()
-            if tile.activations is Activations.INT8 and tile.grouped
+            if tile.activations is Activations.INT8 and (tile.grouped or tile.in_pieces)
         }
     return content["chip"], found
 

@@ -131,7 +131,9 @@ def tiles(scale_groups: int, activations: Activations = Activations.NATIVE) -> t
     if scale_groups == 0 and activations.group_size is None:
         return tuple(of_kind)
     return tuple(
-        tile for tile in of_kind if tile.grouped and scale_groups <= _MOST_SCALE_GROUPS.get(tile, scale_groups)
+        tile
+        for tile in of_kind
+        if tile.grouped and scale_groups <= (1 if tile.tokens > 128 else _MOST_SCALE_GROUPS.get(tile, scale_groups))
     )
 
 

@@ -12,6 +12,10 @@ from tersor.formats import Activations
 from tersor.hardware import Chip
 from tersor.kernels.tune.problem import FEW_TOKENS
 
+CHOOSES_PIECES = False
+"""Whether scales in groups beside 8-bit activations have tiles of more than 128 tokens (`Tile.in_pieces`)."""
+PIECES_FROM = 160
+"""Tokens of a tile from which on it is multiplied in pieces: 128 would be the least for which it is meant."""
 _MAX_SLOTS = 16
 _RESERVED_SHARED = 1024
 """Shared memory the driver keeps for each resident CTA, in bytes (CUDA C++ Programming Guide, compute 8.0 on)."""
@@ -78,8 +82,18 @@ class Tile:
 
     @property
     def grouped(self) -> bool:
-        """Whether registers hold a second set of sums, which scales in groups need."""
-        return self.tokens <= 128 and self.registers - self.tokens >= 64
+        """Whether scales in groups have this tile: registers hold a second set of sums, or pieces of one."""
+        if self.tokens > 128:
+            return CHOOSES_PIECES and self.in_pieces
+        return self.registers - self.tokens >= 64
+
+    @property
+    def in_pieces(self) -> bool:
+        """Whether the kernel multiplies pieces of the tokens where a row has one scale in a block, or tokens have one
+        (sm90_multiply_pieces.cuh). With scales of both, ptxas spills for some tiles that have fewer than 256 tokens."""
+        if not self.bytewise or self.tokens < PIECES_FROM or self.threads != 384 or self.resident > 1:
+            return False
+        return self.tokens % (32 if self.activations.group_size is None else 128) == 0
 
     @property
     def static_bytes(self) -> int:

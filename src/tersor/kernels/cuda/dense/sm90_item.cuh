@@ -13,6 +13,7 @@
 
 #if BYTES
 #include "dense/sm90_multiply_bytes.cuh"
+#include "dense/sm90_multiply_pieces.cuh"
 #else
 #include "dense/sm90_multiply.cuh"
 #endif

@@ -17,10 +17,11 @@
 //
 // Parameters: BITS and DECODE_* (decode.cuh), BF16 (1: bf16 results and 16-bit activations, 0: fp16), BYTES (1: 8-bit
 // activations with a scale a token), X_GROUPS (1: each of its blocks of 128 channels has one), BYTE_WEIGHT (beside e4m3
-// activations weights decode to e4m3, 4, or e5m2, 5; 8: both are int8), N_TILE (wgmma.cuh), ROW_GROUPS, K_GROUPS,
-// CLUSTER (1, 2 or 4), GATHERS (the most splits that may be a cluster), GATHER_ROOM (parts of theirs that have shared
-// memory of their own), RESIDENT (CTAs that fit on a multiprocessor), WEIGHT_SLOTS, X_SLOTS, SHARED_BYTES (what the launch
-// asks for), FEW_TOKENS (up to which mma.sync multiplies), SCALE_GROUPS, SCALE_TYPE and ZERO_POINTS
+// activations weights decode to e4m3, 4, or e5m2, 5; 8: both are int8), PIECES (1: sums of a block are scaled while others
+// of it are multiplied, sm90_multiply_pieces.cuh), N_TILE (wgmma.cuh), ROW_GROUPS, K_GROUPS, CLUSTER (1, 2 or 4), GATHERS
+// (the most splits that may be a cluster), GATHER_ROOM (parts of theirs that have shared memory of their own), RESIDENT
+// (CTAs that fit on a multiprocessor), WEIGHT_SLOTS, X_SLOTS, SHARED_BYTES (what the launch asks for), FEW_TOKENS (up to
+// which mma.sync multiplies), SCALE_GROUPS, SCALE_TYPE and ZERO_POINTS
 // (scales.cuh; one scale a row is applied at the end), EPILOGUE (gate.cuh), NORM (sm90_norm.cuh: 1 where x still lacks
 // the division of a norm, 2 where a norm of y follows; all tokens are in one tile then), OUTLIERS (sm90_outliers.cuh),
 // PLACED (sm90_finish.cuh: 1 where results stand among those of other row sets).

@@ -3,7 +3,8 @@
 //
 // Those add products of 8-bit floats with about 14 bits, so sums of a few blocks, or of a scale group, go to float32 sums
 // of their own (DeepSeek-V3, arXiv 2412.19437, section 3.3.2). Tiles of more than 128 tokens have registers for one set of
-// sums only: all blocks of an item meet in the tensor cores, which is what others call fast accumulation. Products of int8
+// sums only: with one scale a row all blocks of an item meet in the tensor cores, which is what others call fast
+// accumulation; else those of pieces of the tokens do (sm90_multiply_pieces.cuh). Products of int8
 // add up exactly, and of a whole row with one scale they stay whole until the end; those of a scale group become float32
 // to be scaled (MixLLM, arXiv 2412.14590, section 3.3), and so do those of a block where each has its own scale of a token.
 #ifndef TERSOR_DENSE_SM90_MULTIPLY_BYTES  // of a row set: may be read again for another (mixed/sm90_level.cuh)
@@ -149,7 +150,7 @@ __device__ __forceinline__ void multiply_blocks(
     }
 }
 
-#else
+#elif !PIECES
 
 // The same of scales in groups, of weights or activations or both. A block is decoded while products of the block before are
 // under way, but where scales of many tokens leave no registers for that. Sums of whole numbers take three instructions
