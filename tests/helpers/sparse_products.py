@@ -38,7 +38,7 @@ class Case:
         kept: torch.Tensor,
         values: str,
         dtype: torch.dtype,
-        runs: int,
+        places: int,
         largest: float | None = None,
         smallest: float | None = None,
     ) -> Case:
@@ -46,7 +46,7 @@ class Case:
 
         Args:
             kept: bool [OC, IC], on any device.
-            values, dtype, runs: of values, of activations, of the layout.
+            values, dtype, places: of values, of activations, of the layout.
             largest, smallest: magnitudes that no code exceeds or falls short of.
         """
         target, device = str(dtype).removeprefix("torch."), kept.device
@@ -64,7 +64,7 @@ class Case:
                 numbers[scheme.format.decode(numbers).abs() < smallest] = 0x40
             packing = SparsePacking.holding(scheme, target, numbers)
             weight = scheme.format.decode(numbers).double()
-        tiles = sparse_tiles.pack(kept, packing.pack(numbers.to(device)), runs)
+        tiles = sparse_tiles.pack(kept, packing.pack(numbers.to(device)), places)
         scale = ((torch.rand(kept.shape[0], generator=generator) + 0.5) / 64).to(device)  # no product leaves float16
         weight = torch.where(kept, weight.to(device), 0.0) * scale.double()[:, None]
         return Case(packing, tiles, scale, weight)
@@ -83,8 +83,9 @@ class Case:
         """Return the product of a loaded kernel on the current stream, [n, OC]."""
         (oc, ic), device = self.tiles.shape, x.device
         launch = prepare_sparse(
-            function, config, bf16=x.dtype == torch.bfloat16, oc=oc, ic=ic, n=len(x), factor=self.packing.factor
-        )
+            function, config, bf16=x.dtype == torch.bfloat16, oc=oc, ic=ic, n=len(x), places=self.tiles.places,
+            factor=self.packing.factor,
+        )  # fmt: skip
         y = torch.full((len(x), oc), NAN, dtype=x.dtype, device=device)
         floats, counters = config.floats(oc, len(x))
         partial = torch.full((max(floats, 1),), NAN, device=device)
@@ -118,12 +119,14 @@ class Case:
             config,
             mask=self.tiles.mask[unit].data_ptr(),
             layers=self.tiles.layers.data_ptr(),
-            starts=self.tiles.starts[unit].data_ptr(),
+            starts=self.tiles.starts.data_ptr(),
             marks=self.tiles.marks[unit].data_ptr(),
             scale=self.scale[first:].data_ptr(),
             dense=dense.data_ptr(),
+            first_row=first,
             rows=rows,
             ic=ic,
+            places=self.tiles.places,
             factor=self.packing.factor,
         )
         return dense

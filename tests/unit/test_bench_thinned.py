@@ -38,7 +38,7 @@ def test_a_dry_run_says_which_tile_multiplies_what_is_left(capsys: pytest.Captur
     command = ["bench", "linear", "8192x8192", "--sparsity", "0.5", "--n", "16,4096", "--dry-run", "--json"]
     assert run([*command, "--chip", "h200", "--format", "fp6_e3m2", "--format", "int4:g128"]) == 0
     few, many, *groups = json.loads(capsys.readouterr().out)["rows"]
-    assert few["kernel"] == "fp6_e3m2:s50" and "splits of" in few["config"] and few["from"] == "predicted"
+    assert few["kernel"] == "fp6_e3m2:s50" and "at 132 places" in few["config"] and few["from"] == "predicted"
     assert many["predicted_microseconds"] > 10 * few["predicted_microseconds"] > 0
     assert 5.0 < 8 * few["weight_bytes"] / 8192**2 < 5.4
     assert {row["config"] for row in groups} == {"decoded for cuBLAS"}

@@ -155,7 +155,9 @@ def test_a_layer_keeps_tiles_and_shows_what_is_stored(in_tiles: None) -> None:
 
 
 def test_up_to_64_tokens_are_fused_and_more_by_what_is_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
-    problem = tune.SparseProblem(oc=8192, ic=8192, n=1, bits=8, instructions=126, runs=4, nbytes=8192 * 8192 * 5 // 8)
+    problem = tune.SparseProblem(
+        oc=8192, ic=8192, n=1, bits=8, instructions=126, places=132, nbytes=8192 * 8192 * 5 // 8
+    )
     for n in (1, 8, 9, 33, 64):
         config = tune.choose(replace(problem, n=n), H200)
         assert tune.fused(replace(problem, n=n), H200) and n <= config.tile.tokens <= max(8, 2 * n)
@@ -168,16 +170,26 @@ def test_up_to_64_tokens_are_fused_and_more_by_what_is_predicted(monkeypatch: py
     assert reason.kernel == dispatch.DECOMPRESS and chosen is None and "4096 tokens" in reason.why
     invariant = {tune.choose(replace(many, n=n, batch_invariant=True), H200).tile for n in (1, 40, 900)}
     assert len(invariant) == 1 and tune.fused(replace(many, batch_invariant=True), H200)
-    assert tune.choose(replace(many, n=900, batch_invariant=True), H200).splits == 4
+    assert tune.choose(replace(many, n=900, batch_invariant=True), H200).places == 132
 
 
-def test_slices_are_whole_units_that_fill_multiprocessors() -> None:
-    for oc, ic, runs in ((8192, 8192, 4), (49152, 12288, 1), (300, 1400, 11), (7168, 28672, 14)):
-        rows = tune.slice_rows(oc, ic, runs, H200)
-        items = runs * rows // 64
-        assert rows % 64 == 0 and (rows >= oc or items >= H200.sms - runs)
-        assert rows >= oc or items % H200.sms in (0, *range(H200.sms - runs, H200.sms))
-        assert rows * ic * 2 <= max(64 << 20, 128 * ic * (H200.sms // runs + 1))
+def test_slices_are_whole_tiles_that_fill_multiprocessors() -> None:
+    for oc, ic, places in ((8192, 8192, 132), (49152, 12288, 0), (300, 1400, 11), (7168, 28672, 132)):
+        rows, tiles = tune.slice_rows(oc, ic, places, H200), -(-oc // 256)
+        ctas = 4 * (places or tiles) * rows // (256 * tiles)
+        assert rows % 256 == 0 and (rows >= oc or ctas >= H200.sms)
+        assert rows <= 256 * tiles and rows * ic * 2 <= max(64 << 20, oc * ic * 2 // 3 + 512 * ic)
+
+
+def test_places_are_multiprocessors_or_fewer_where_there_is_little_to_do() -> None:
+    assert tune.places(28672, 7168, 8, H200) == tune.places(8192, 8192, 16, H200) == H200.sms
+    assert tune.places(256, 256, 8, H200) <= 2
+    uneven, even = (
+        tune.SparseProblem(oc=oc, ic=7168, n=16, bits=8, instructions=126, places=132, nbytes=oc * 7168 * 5 // 8)
+        for oc in (28672, 33792)
+    )
+    assert tune.choose(uneven, H200).places == 132
+    assert tune.choose(even, H200).places == 0  # 132 tiles of 256 rows are one for each multiprocessor as they are
 
 
 @pytest.mark.parametrize("values", ["fp8_e4m3", "int8"])
@@ -185,10 +197,10 @@ def test_kernels_are_named_without_any_number_of_a_weight(values: str) -> None:
     representation, shape = Sparse(get_scheme(values)), (2048, 1024)
     ahead = set(needed_sparse.of_shape(representation, shape, torch.float16, 1, 700, H200))
     weight, _ = made(*shape, values=get_scheme(values))
-    held = TiledSparseWeight.of(weight, "float16", sparse_layout.runs_of(representation, shape, torch.float16, H200))
+    held = TiledSparseWeight.of(weight, "float16", *sparse_layout.cut_of(representation, shape, torch.float16, H200))
     exact = set(needed_sparse.linear(held, torch.float16, 1, 700, H200))
     assert exact and exact <= ahead and ahead == set(needed_sparse.linear(weight, torch.float16, 1, 700, H200))
-    problem = sparse_layout.problem_of(held.packing, shape, 1, held.tiles.runs, held.tiles.nbytes)
+    problem = sparse_layout.problem_of(held.packing, shape, 1, held.tiles.places, held.tiles.nbytes)
     tiles = tune.asked(replace(problem, n=700), H200)
     assert {tune.choose(replace(problem, n=n), H200).tile for n in range(1, 701)} == tiles
     assert not list(needed_sparse.linear(held, torch.float16, 0, 8, CHIPS["NVIDIA A100"]))
@@ -209,7 +221,7 @@ def test_the_front_launches_the_kernel_and_the_one_that_decodes(
     monkeypatch.setattr(current, "stream", lambda index: 0)
     monkeypatch.setattr(tensors, "output", lambda shape, n, oc, dtype: torch.full((*shape[:-1], oc), 7.0, dtype=dtype))
     weight, decoded = made(70, 256)
-    held = TiledSparseWeight.of(weight, "float16", 1)
+    held = TiledSparseWeight.of(weight, "float16", 0)
     x, bias, residual = (
         pruned.random(9, 256, 5).half(),
         pruned.random(1, 70, 6)[0].half(),

@@ -253,8 +253,8 @@ def _pruned_choice(shape: Shape, thinned: Thinned, n: int, chip: Chip, nothing: 
     sizes, dtype = (shape.oc, shape.ic), getattr(torch, own)
     if sparse_layout.chip_reason(thinned.sparse, sizes, dtype, chip):
         return {"config": "decoded for cuBLAS", **nothing}
-    packing, runs = thinned.packing(own), sparse_layout.runs_of(thinned.sparse, sizes, dtype, chip)
-    problem = sparse_layout.problem_of(packing, sizes, n, runs, thinned.packed_bytes(*sizes))
+    packing, (places, _) = thinned.packing(own), sparse_layout.cut_of(thinned.sparse, sizes, dtype, chip)
+    problem = sparse_layout.problem_of(packing, sizes, n, places, thinned.packed_bytes(*sizes))
     reason, config = sparse_layout.decide(problem, chip)
     time = sparse.decompress_seconds(problem, chip) if config is None else sparse.seconds(problem, config, chip)
     return {

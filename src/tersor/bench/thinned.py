@@ -50,7 +50,7 @@ class Thinned:
     def packed_bytes(self, oc: int, ic: int) -> int:
         """Return about the bytes of such a weight in kernel tiles, with its scales; `packed` makes the true ones."""
         bits = 8 if isinstance(self.values, Scheme) else self.values.bits
-        return round(oc * ic * tune.stored_bits(1 - self.sparsity, bits, 1) / 8) + 4 * oc
+        return round(oc * ic * tune.stored_bits(1 - self.sparsity, bits, oc, 0) / 8) + 4 * oc
 
     def packing(self, target: str) -> SparsePacking:
         """Return the packing of any values for activations of a dtype."""

@@ -12,7 +12,9 @@ from typing import TypeAlias
 from tersor.formats import Sparse
 from tersor.kernels.jit import Function, KernelSource, tensor_map
 from tersor.kernels.tune.sparse import SparseConfig, SparseTile
+from tersor.layouts.blocks import UNIT_OC
 from tersor.layouts.packing import SCALE_TYPES
+from tersor.layouts.sparse_cuts import CUT_UNITS, PLACE_NUMBERS
 from tersor.layouts.sparse_packing import SparsePacking
 
 SparseLaunch: TypeAlias = Callable[..., None]
@@ -21,6 +23,8 @@ SparseLaunch: TypeAlias = Callable[..., None]
 _NUMBERS = {"float16": 1, "bfloat16": 2, "float32": 3}
 """Dtype of plain numbers -> NUMBER of stored.cuh."""
 _STORED_ROWS = 4
+PLACE_BYTES = 4 * PLACE_NUMBERS
+"""Of what a place has ahead of the units' starts."""
 _SUFFIX = {0: "", 1: "_gated"}
 
 
@@ -37,7 +41,7 @@ def sparse_source(packing: SparsePacking, tile: SparseTile, gate: int = 0) -> Ke
         name=f"tersor_sparse_sm90_{_kind(packing)}_{tile}{_SUFFIX.get(gate, f'_gated{gate}')}",
         header="sparse/sm90_sparse.cuh",
         parameters=_parameters(packing, tile, gate),
-        arguments="TPPPPPPPPPPiiiiiif",
+        arguments="TPPPPPPPPPPPiiiiif",
     )
 
 
@@ -53,7 +57,7 @@ def decompress_source(packing: SparsePacking, tile: SparseTile) -> KernelSource:
         name=f"tersor_decompress_sm90_{_kind(packing)}_{tile}",
         header="sparse/sm90_decompress.cuh",
         parameters=_parameters(packing, tile, 0),
-        arguments="PPPPPPiiif",
+        arguments="PPPPPPiiPiif",
     )
 
 
@@ -97,8 +101,8 @@ def _parameters(packing: SparsePacking, tile: SparseTile, gate: int) -> dict[str
         "ROW_GROUPS": tile.row_groups,
         "K_GROUPS": 1,
         "CLUSTER": 1,
-        "GATHERS": tile.gathers,
-        "GATHER_ROOM": tile.gather_room,
+        "GATHERS": 1,
+        "GATHER_ROOM": 0,
         "RESIDENT": tile.resident,
         "WEIGHT_SLOTS": tile.masks,
         "X_SLOTS": tile.x_slots,
@@ -113,7 +117,7 @@ def _parameters(packing: SparsePacking, tile: SparseTile, gate: int) -> dict[str
 
 
 def prepare_sparse(
-    function: Function, config: SparseConfig, *, bf16: bool, oc: int, ic: int, n: int, factor: float
+    function: Function, config: SparseConfig, *, bf16: bool, oc: int, ic: int, n: int, places: int, factor: float
 ) -> SparseLaunch:
     """Return what launches the kernel on one problem: all that stays the same from call to call is settled.
 
@@ -122,13 +126,13 @@ def prepare_sparse(
         config: how it runs.
         bf16: whether activations are bfloat16.
         oc, ic, n: sizes.
+        places: of the layout, whether the configuration deals blocks out to them or not.
         factor: of the packing (`SparsePacking`).
     """
     run, maps_rows = function.launch, tensor_map.rows
     grid, block, shared = (config.ctas, 1, 1), (config.tile.threads, 1, 1), config.tile.shared_bytes
-    cluster = (config.splits, 1, 1) if config.gathered else None
     element = tensor_map.BFLOAT16 if bf16 else tensor_map.FLOAT16
-    runs, splits, share = config.runs, config.splits, config.tile.share(n)
+    ctas, share, ahead = config.place_ctas, config.tile.share(n), PLACE_BYTES * places
 
     def launch(
         *,
@@ -155,17 +159,17 @@ def prepare_sparse(
             scale: address of a float32 scale a row.
             x, x_stride: address of the activations, and elements from one token to the next.
             bias, residual, y: addresses, in the dtype of the activations.
-            partial, arrived: addresses of split sums (float32) and of their counters (uint32, zero).
+            partial, arrived: addresses of sums of cut tiles (float32) and of their counters (uint32, zero).
             early: whether weights may be fetched before the kernel ahead has ended: not where that one wrote them.
         """
         # fmt: off
         arguments = (
             maps_rows(x, n, ic, x_stride, element, share),
-            mask, layers, starts, marks, scale, bias, residual, y, partial, arrived,
-            oc, ic, n, runs, splits, share, factor,
+            mask, layers, starts + ahead, marks, scale, bias, residual, y, partial, arrived, starts,
+            oc, ic, n, ctas, share, factor,
         )
         # fmt: on
-        run(grid, block, shared, stream, arguments, early, cluster)
+        run(grid, block, shared, stream, arguments, early)
 
     return launch
 
@@ -181,24 +185,30 @@ def launch_decompress(
     marks: int,
     scale: int,
     dense: int,
+    first_row: int,
     rows: int,
     ic: int,
+    places: int,
     factor: float,
 ) -> None:
     """Launch the decode of rows into dense memory [rows, ic].
 
     Args:
-        function, config: the kernel, and how it runs so many rows; its splits are all runs.
+        function, config: the kernel, and how it runs so many rows.
         stream: handle of the stream.
-        mask, starts, marks, scale: addresses for the first of the rows; it is the first one of a unit.
+        mask, marks, scale: addresses for the first of the rows; it is the first one of a tile of 256.
+        starts: address of `SparseTiles.starts`, of all rows.
         layers: address of all layers.
         dense: address of the result.
-        rows: whole units, or up to the last row of the weight.
+        first_row, rows: which; whole tiles of 256, or up to the last row of the weight.
         ic: input channels.
+        places: of the layout.
         factor: of the packing.
     """
     tile = config.tile
-    arguments = (mask, layers, starts, marks, scale, dense, rows, ic, config.runs, factor)
+    own = starts + PLACE_BYTES * places + 4 * (first_row // UNIT_OC)
+    skipped = first_row // (CUT_UNITS * UNIT_OC)
+    arguments = (mask, layers, own, marks, scale, dense, rows, ic, starts, config.place_ctas, skipped, factor)
     function.launch((config.ctas, 1, 1), (tile.threads, 1, 1), tile.shared_bytes, stream, arguments)
 
 

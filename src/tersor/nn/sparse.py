@@ -156,7 +156,7 @@ class SparseLinear(Counted):
         if isinstance(held, TiledSparseWeight) and held.tiles.mask is mask and held.tiles.layers is layers:
             return held
         of, packing = tiled.tiles, tiled.packing
-        tiles = SparseTiles(self.shape, of.bits, of.runs, mask, layers, starts, marks)
+        tiles = SparseTiles(self.shape, of.bits, mask, layers, starts, marks)
         found = TiledSparseWeight(tiled.form, packing, tiled.key, tiles, scale, buffers[SCALE])
         if not torch.compiler.is_compiling():
             self._held = found
@@ -281,5 +281,5 @@ class SparseLinear(Counted):
 def _described(weight: TiledSparseWeight) -> TiledSparseWeight:
     """Return what describes a weight in tiles, without its memory."""
     tiles, nothing = weight.tiles, torch.empty(0, device="meta")
-    empty = SparseTiles(tiles.shape, tiles.bits, tiles.runs, nothing, nothing, nothing, nothing)
+    empty = SparseTiles(tiles.shape, tiles.bits, nothing, nothing, nothing, nothing)
     return TiledSparseWeight(weight.form, weight.packing, weight.key, empty, nothing, None)

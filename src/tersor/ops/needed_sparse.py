@@ -36,7 +36,7 @@ def linear(
     if isinstance(weight, TiledSparseWeight):
         if not sparse_layout.chip_reason(weight.sparse, weight.shape, dtype, chip) and not mode.current().reference:
             nbytes = weight.tiles.mask.nbytes + weight.tiles.layers.nbytes
-            yield from _of_packing(weight.packing, weight.shape, weight.tiles.runs, nbytes, gate, tokens, chip)
+            yield from _of_packing(weight.packing, weight.shape, weight.tiles.places, nbytes, gate, tokens, chip)
         return
     yield from of_shape(weight.sparse, weight.shape, dtype, gate, tokens, chip)
 
@@ -52,17 +52,17 @@ def of_shape(
         yield sparse.stored_source(representation, target)
         yield dense.finish_source(target, 0, gate)
         return
-    runs = sparse_layout.runs_of(representation, shape, dtype, chip)
+    places, _ = sparse_layout.cut_of(representation, shape, dtype, chip)
     for packing in SparsePacking.choices(values_of(representation), target):
-        nbytes = round(shape[0] * shape[1] * tune.stored_bits(_USUAL_DENSITY, packing.bits, runs) / 8)
-        yield from _of_packing(packing, shape, runs, nbytes, gate, tokens, chip)
+        nbytes = round(shape[0] * shape[1] * tune.stored_bits(_USUAL_DENSITY, packing.bits, shape[0], places) / 8)
+        yield from _of_packing(packing, shape, places, nbytes, gate, tokens, chip)
 
 
 def _of_packing(
-    packing: SparsePacking, shape: tuple[int, int], runs: int, nbytes: int, gate: int, tokens: int, chip: Chip
+    packing: SparsePacking, shape: tuple[int, int], places: int, nbytes: int, gate: int, tokens: int, chip: Chip
 ) -> Iterator[KernelSource]:
     invariant = mode.current().batch_invariant
-    problem = sparse_layout.problem_of(packing, shape, tokens, runs, nbytes, invariant)
+    problem = sparse_layout.problem_of(packing, shape, tokens, places, nbytes, invariant)
     for tile in sorted(tune.asked(problem, chip), key=str):
         yield sparse.sparse_source(packing, tile, gate)
     if not all(tune.fused(one, chip) for one in tune.smaller(problem)):

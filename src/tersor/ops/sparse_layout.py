@@ -39,9 +39,10 @@ def chip_reason(sparse: Sparse, shape: tuple[int, int], dtype: torch.dtype, chip
     return tiles_reason(sparse, target)
 
 
-def runs_of(sparse: Sparse, shape: tuple[int, int], dtype: torch.dtype, chip: Chip) -> int:
-    """Return the runs of a weight's layout, where `chip_reason` has nothing against one."""
-    return tune.runs(*shape, SparsePacking.of(values_of(sparse), _target(dtype)).bits, chip)
+def cut_of(sparse: Sparse, shape: tuple[int, int], dtype: torch.dtype, chip: Chip) -> tuple[int, int]:
+    """Return places and bytes by which a weight is cut (`Cuts.of`), where `chip_reason` has nothing against tiles."""
+    bits = SparsePacking.of(values_of(sparse), _target(dtype)).bits
+    return tune.places(*shape, bits, chip), tune.least_bytes(bits, chip)
 
 
 def preferred(weight: SparseWeight | TiledSparseWeight, dtype: torch.dtype) -> SparseWeight | TiledSparseWeight:
@@ -59,16 +60,16 @@ def preferred(weight: SparseWeight | TiledSparseWeight, dtype: torch.dtype) -> S
     assert isinstance(stored, SparseWeight)
     if reason(stored.sparse, stored.shape, dtype, device):
         return stored
-    return TiledSparseWeight.of(stored, _target(dtype), runs_of(stored.sparse, stored.shape, dtype, _chip(device)))
+    return TiledSparseWeight.of(stored, _target(dtype), *cut_of(stored.sparse, stored.shape, dtype, _chip(device)))
 
 
 def problem_of(
-    packing: SparsePacking, shape: tuple[int, int], n: int, runs: int, nbytes: int, batch_invariant: bool = False
+    packing: SparsePacking, shape: tuple[int, int], n: int, places: int, nbytes: int, batch_invariant: bool = False
 ) -> tune.SparseProblem:
-    """Return the problem that n tokens make with a weight of so many runs and bytes."""
+    """Return the problem that n tokens make with a weight of so many places and bytes."""
     return tune.SparseProblem(
-        oc=shape[0], ic=shape[1], n=n, bits=packing.bits, instructions=packing.instructions, runs=runs, nbytes=nbytes,
-        batch_invariant=batch_invariant,
+        oc=shape[0], ic=shape[1], n=n, bits=packing.bits, instructions=packing.instructions, places=places,
+        nbytes=nbytes, batch_invariant=batch_invariant,
     )  # fmt: skip
 
 
@@ -100,9 +101,9 @@ def explain(
     if why:
         return stored_reason(sparse, shape, dtype, where)
     packing, chip = SparsePacking.of(values_of(sparse), _target(dtype)), _chip(where)
-    runs = runs_of(sparse, shape, dtype, chip)
-    nbytes = round(shape[0] * shape[1] * tune.stored_bits(density, packing.bits, runs) / 8)
-    problem = problem_of(packing, shape, n, runs, nbytes, mode.current().batch_invariant)
+    places, _ = cut_of(sparse, shape, dtype, chip)
+    nbytes = round(shape[0] * shape[1] * tune.stored_bits(density, packing.bits, shape[0], places) / 8)
+    problem = problem_of(packing, shape, n, places, nbytes, mode.current().batch_invariant)
     return decide(problem, chip)[0]
 
 

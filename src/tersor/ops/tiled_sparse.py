@@ -19,7 +19,7 @@ from tersor.kernels import sparse as kernels
 from tersor.kernels.tune import sparse as tune
 from tersor.layouts import TiledSparseWeight, tiled_sparse
 from tersor.layouts.blocks import UNIT_OC
-from tersor.layouts.sparse_tiles import SparseTiles
+from tersor.layouts.sparse_tiles import SparseTiles, places_of
 from tersor.ops import (
     autocast,
     current,
@@ -72,14 +72,14 @@ class _Prepared:
 
     Attributes:
         launch: launches the fused kernel; `None` where slices are decoded for cuBLAS.
-        floats, counters: sums and counters that its splits exchange; zero without splits.
+        floats, counters: sums and counters that its places exchange; zero without any.
     """
 
     __slots__ = ("counters", "floats", "launch")
 
-    def __init__(self, of: _Type, n: int, runs: int, nbytes: int, index: int, gate: int) -> None:
+    def __init__(self, of: _Type, n: int, places: int, nbytes: int, index: int, gate: int) -> None:
         chip = hardware.of_device(index)
-        problem = sparse_layout.problem_of(of.packing, of.shape, n, runs, nbytes, mode.current().batch_invariant)
+        problem = sparse_layout.problem_of(of.packing, of.shape, n, places, nbytes, mode.current().batch_invariant)
         _, config = sparse_layout.decide(problem, chip)
         config = mode.current().sparse or config
         self.launch: kernels.SparseLaunch | None = None
@@ -93,6 +93,7 @@ class _Prepared:
             oc=of.shape[0],
             ic=of.shape[1],
             n=n,
+            places=places,
             factor=of.packing.factor,
         )
         self.floats, self.counters = config.floats(of.shape[0], n)
@@ -119,17 +120,17 @@ class _Type:
         return found
 
     def prepared(
-        self, n: int, dtype: torch.dtype, index: int, gate: int, now: int, runs: int, nbytes: int
+        self, n: int, dtype: torch.dtype, index: int, gate: int, now: int, places: int, nbytes: int
     ) -> _Prepared:
         """Return the prepared call, made at its first use; compiles and loads the kernel it needs."""
         if mode.current().sparse is not None:
-            return _Prepared(self, n, runs, nbytes, index, gate)  # a measurement's is not kept
-        key = (n, dtype, index, gate, now, runs, nbytes)
+            return _Prepared(self, n, places, nbytes, index, gate)  # a measurement's is not kept
+        key = (n, dtype, index, gate, now, places, nbytes)
         found = self._prepared.get(key)
         if found is None:
             if len(self._prepared) >= _MOST_KEPT:
                 self._prepared.clear()
-            found = self._prepared.setdefault(key, _Prepared(self, n, runs, nbytes, index, gate))
+            found = self._prepared.setdefault(key, _Prepared(self, n, places, nbytes, index, gate))
         return found
 
     def forget(self) -> None:
@@ -180,7 +181,7 @@ def _served(
         return tensors.empty_result(x, bias, residual, gate, oc)
     index, now = x.get_device(), mode.current()
     if of.misfit(x.dtype, x.device, index, now.key):
-        tiles = SparseTiles(of.shape, of.packing.bits, starts.shape[1], mask, layers, starts, marks)
+        tiles = SparseTiles(of.shape, of.packing.bits, mask, layers, starts, marks)
         return _by_blocks(x, tiles, scale, bias, of, residual, gate, outputs)
     if current.device() != index:
         with torch.cuda.device(index):
@@ -193,10 +194,10 @@ def _served(
     if x.data_ptr() % 16 or stride % 8:
         x = tensors.aligned_rows(x, ic)
         stride = x.stride(0)
-    if now.batch_invariant and n > tune.FEW:  # sums of all runs of all tokens would take gigabytes
+    if now.batch_invariant and n > tune.FEW:  # sums of all places of all tokens would take gigabytes
         return _in_turns(x.reshape(n, ic), held, bias, of, residual, gate).view(*shape[:-1], outputs)
-    runs = starts.shape[1]
-    chosen = of.prepared(n, x.dtype, index, gate, now.key, runs, mask.nbytes + layers.nbytes)
+    places = places_of(starts, marks)
+    chosen = of.prepared(n, x.dtype, index, gate, now.key, places, mask.nbytes + layers.nbytes)
     residual = None if residual is None else tensors.contiguous(residual)
     bias = None if bias is None else bias.contiguous()
     if chosen.launch is None:
@@ -292,7 +293,7 @@ def _serve_grad(
         return found.view(*grad.shape[:-1], ic)
     wide = rows.to(torch.promote_types(grad.dtype, torch.float32))
     total = wide.new_zeros(len(rows), ic)
-    tiles = SparseTiles(of.shape, of.packing.bits, starts.shape[1], mask, layers, starts, marks)
+    tiles = SparseTiles(of.shape, of.packing.bits, mask, layers, starts, marks)
     step = max(1, reference.BLOCK_ELEMENTS.get(grad.device.type, 1 << 18) // max(ic, 1) // UNIT_OC) * UNIT_OC
     for first in range(0, oc, step):
         last = min(first + step, oc)
@@ -312,7 +313,8 @@ def _checked(
 ) -> _Type:
     """Return the type of a weight; raise ShapeError where its tensors are not those of one."""
     units, blocks = -(-oc // UNIT_OC), -(-ic // 128)
-    fits = mask.shape == (units, blocks, 128, 2) and marks.shape == (units, blocks) and starts.shape[:1] == (units,)
+    fits = mask.shape == (units, blocks, 128, 2) and marks.shape == (units, blocks)
+    fits = fits and starts.dim() == 1 and len(starts) >= units and (len(starts) - units) % 4 == 0
     if not fits or any(one.dtype != torch.int32 for one in (mask, layers, starts, marks)):
         raise ShapeError(f"linear: masks {list(mask.shape)} are not those of a pruned weight [{oc}, {ic}] in tiles")
     return _type(packing, oc, ic)

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 from tersor.hardware import Chip
 from tersor.layouts.blocks import UNIT_OC
+from tersor.layouts.sparse_cuts import CUT_UNITS
 
 TOKENS = (8, 16, 32, 64, 128, 256)
 """Tokens of tiles; one that has fewer takes a product of all tokens, others several of them in turn."""
-SHAPES = ((2, 1, 128), (3, 1, 64), (4, 1, 64), (2, 2, 64), (1, 4, 64))
+SHAPES = ((2, 1, 128), (4, 1, 64), (2, 2, 64), (1, 4, 64))
 """Row groups, CTAs of a multiprocessor, layers of a ring: of tiles of up to 64 tokens."""
 MANY_SHAPES = ((2, 1, 64),)
 """The same of more tokens."""
@@ -38,8 +39,6 @@ class SparseTile:
         resident: CTAs that fit on a multiprocessor.
         layers: of values in the ring of a row group, a power of two from 64 on.
         masks, x_slots: slots of masks and of activations.
-        gathers: the most runs that a cluster may add.
-        gather_room: parts of sums that have room of their own for that.
     """
 
     tokens: int
@@ -48,12 +47,9 @@ class SparseTile:
     layers: int
     masks: int
     x_slots: int
-    gathers: int = 1
-    gather_room: int = 0
 
     def __str__(self) -> str:
-        gathers = f"g{self.gathers}" if self.gathers > 1 else ""
-        return f"{self.rows}x{self.tokens}r{self.resident}l{self.layers}s{self.masks}x{self.x_slots}{gathers}"
+        return f"{self.rows}x{self.tokens}r{self.resident}l{self.layers}s{self.masks}x{self.x_slots}"
 
     @property
     def rows(self) -> int:
@@ -79,12 +75,17 @@ class SparseTile:
     def slot_bytes(self) -> int:
         """Shared memory without the rings of values."""
         slots = self.x_slots * self.x_bytes + self.masks * self.row_groups * _MASK_BYTES
-        return slots + _store_bytes(self.tokens, self.row_groups) + self.gather_room * self.part_bytes
+        return slots + _store_bytes(self.tokens, self.row_groups)
 
     @property
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a CTA."""
         return self.slot_bytes + self.row_groups * (self.layers + _MIRRORED) * _LAYER_BYTES
+
+    @property
+    def neighbours(self) -> int:
+        """Row tiles that have the same blocks where a weight is cut."""
+        return CUT_UNITS // self.row_groups
 
     def token_tiles(self, n: int) -> int:
         """Return the tiles that n tokens make."""
@@ -101,27 +102,28 @@ class SparseConfig:
 
     Attributes:
         tile: the compiled shape.
-        runs: of the weight's layout.
-        splits: CTAs that a tile's runs are dealt out to: one for each, or one for all.
-        gathered: whether these are one cluster, which adds their sums in shared memory.
-        ctas: CTAs launched.
+        places: of the weight's layout, to which blocks are dealt out, or 0 where tiles are whole.
+        ctas: CTAs launched: as many for each place, where there are places.
     """
 
     tile: SparseTile
-    runs: int
-    splits: int
-    gathered: bool
+    places: int
     ctas: int
 
     def __str__(self) -> str:
-        return f"{self.tile}, {self.splits} splits of {self.runs} runs, {self.ctas} CTAs"
+        return f"{self.tile}, {self.ctas} CTAs" + (f" at {self.places} places" if self.places else "")
+
+    @property
+    def place_ctas(self) -> int:
+        """CTAs of a place, or 0."""
+        return self.ctas // self.places if self.places else 0
 
     def floats(self, oc: int, n: int = 1) -> tuple[int, int]:
-        """Return the float32 sums and the counters that splits exchange through memory; zero where none do."""
-        if self.splits == 1 or self.gathered:
+        """Return the float32 sums and the counters that places exchange through memory; zero where none do."""
+        if not self.places:
             return 0, 0
-        tiles = -(-oc // self.tile.rows) * self.tile.token_tiles(n)
-        return tiles * self.splits * self.tile.rows * self.tile.tokens, tiles
+        tiles = self.tile.neighbours * self.tile.token_tiles(n)
+        return 2 * self.places * tiles * self.tile.part_bytes // 4, -(-oc // (CUT_UNITS * UNIT_OC)) * tiles
 
 
 def tile_for(tokens: int, chip: Chip, *, row_groups: int = 2, resident: int = 1, layers: int = 128) -> SparseTile:
@@ -164,13 +166,12 @@ def tiles(tokens: int, bits: int, chip: Chip) -> tuple[SparseTile, ...]:
     return tuple(found)
 
 
-def config(tile: SparseTile, oc: int, runs: int, chip: Chip, n: int = 1, splits: int | None = None) -> SparseConfig:
-    """Return how a tile runs n tokens with a weight [oc, ...] of so many runs; `splits`: 1, or by default all."""
-    splits = splits or runs
-    count = -(-oc // tile.rows) * tile.token_tiles(n)
-    gathered = 1 < splits <= tile.gathers and count * splits <= chip.sms * tile.resident
-    items = count * splits
-    return SparseConfig(tile, runs, splits, gathered, items if gathered else min(items, chip.sms * tile.resident))
+def config(tile: SparseTile, oc: int, places: int, chip: Chip, n: int = 1) -> SparseConfig:
+    """Return how a tile runs n tokens with a weight [oc, ...]: dealt out to its places, or with 0 whole tiles."""
+    if places:
+        return SparseConfig(tile, places, places * min(tile.resident, tile.neighbours * tile.token_tiles(n)))
+    items = -(-oc // tile.rows) * tile.token_tiles(n)
+    return SparseConfig(tile, 0, min(items, chip.sms * tile.resident))
 
 
 def _room(chip: Chip, row_groups: int, resident: int, layers: int) -> int:

@@ -1,15 +1,14 @@
 // y[N, OC] = x[N, IC] @ W[OC, IC]^T + bias + residual on sm_90a for a pruned W: a bitmap and packed values are expanded in
 // registers (expand.cuh) and feed wgmma as its A operand; sums are float32; scales, one a row, are applied to the sums.
 //
-// A CTA takes items in turn as in dense/sm90_linear.cuh: a tile of ROW_GROUPS x 64 rows and N_TILE tokens over one of `runs`
-// ranges of blocks of 128 channels, each of which begins its queues of values anew, or over all of them, where many tokens
-// make tiles enough. ROW_GROUPS warpgroups multiply, each
+// A CTA takes items in turn as in dense/sm90_linear.cuh: a tile of ROW_GROUPS x 64 rows and N_TILE tokens over all blocks
+// of 128 channels, or over those that its place has of them (work.cuh). ROW_GROUPS warpgroups multiply, each
 // 64 rows; one warp of another keeps masks and values coming (feed.cuh), one activations. The end of an item is that of
-// a dense one (dense/sm90_finish.cuh): the runs of a tile are its splits.
+// a dense one (dense/sm90_finish.cuh).
 //
-// Parameters: those of expand.cuh, and of dense/sm90_linear.cuh BF16, N_TILE, ROW_GROUPS, GATHERS, GATHER_ROOM, RESIDENT,
+// Parameters: those of expand.cuh, and of dense/sm90_linear.cuh BF16, N_TILE, ROW_GROUPS, RESIDENT,
 // WEIGHT_SLOTS (of masks), X_SLOTS, SHARED_BYTES (all but the rings of values), EPILOGUE; the others are those of codes of
-// one bit with one scale a row, few tokens through wgmma, and no norm.
+// one bit with one scale a row, few tokens through wgmma, no clusters and no norm.
 #pragma once
 
 #include "common/ptx.cuh"
@@ -21,32 +20,32 @@
 #include "dense/sm90_pipeline.cuh"
 #include "dense/sm90_places.cuh"
 #include "dense/sm90_store.cuh"
-#include "dense/sm90_work.cuh"
 #include "sparse/expand.cuh"
 #include "sparse/feed.cuh"
+#include "sparse/work.cuh"
 
 namespace sparse {
 
 using namespace linear;
 using Multiply = wgmma::Multiply<kBf16 ? wgmma::kBfloat16 : wgmma::kFloat16>;
 
-static_assert(!kFew && !kBytewise && kGroups == 0 && kCluster == 1, "what a sparse tile is");
+static_assert(!kFew && !kBytewise && kGroups == 0 && kCluster == 1 && GATHERS == 1, "what a sparse tile is");
 
-// A multiplying warpgroup: 64 rows of `count` blocks. `use` counts those that this CTA had before.
+// A multiplying warpgroup: 64 rows of `count` blocks from `first_block` on. `use` counts those that this CTA had before.
 __device__ __forceinline__ void multiply_blocks(
     float (&sums)[kSums], const WeightRing& masks, const XRing& xs, const char* slots, const char* values,
-    const char* table, const u32* slot_marks, u32 use, int count) {
+    const char* table, const u32* slot_marks, u32 use, int first_block, int count) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, row_group = threadIdx.x / 128;
     const u32 own_mask = row_group * kMaskBytes + warp * 256 + lane * 8;
     const u32 first_column = row_group * expand::kRingBytes + warp * 128, step = ptx::kept(16 + (count >> 31));
     const u64 first_x = wgmma::describe(xs.base);
-    u32 place = 0, queue = lane;
+    u32 place = 0, queue = queue_of(first_block);
     u32 pairs[2][16];
     WeightRing::Place at(use);
     XRing::Place x_at(use * kSlotsOfBlock), x_before = x_at;  // the oldest slot that is not given back
     for (int block = 0; block < count; ++block) {
         masks.wait_filled(at);
-        enter_block(slot_marks[at.slot * kRowGroups + row_group], place, queue);
+        enter_block(slot_marks[at.slot * kRowGroups + row_group], place);
         const u32 column = first_column + queue * 4;
         const uint2 mask = *reinterpret_cast<const uint2*>(slots + (masks.address(at) - xs.base) + own_mask);
 #pragma unroll
@@ -82,13 +81,6 @@ __device__ __forceinline__ void multiply_blocks(
     for (int i = 0; i < kSlotsOfBlock; ++i, x_before.advance()) release_x(xs, x_before);
 }
 
-// When all threads of the CTA, or of its cluster, have been here, all barriers are initialised and the table is there.
-__device__ __forceinline__ void meet(bool gathered) {
-    if (gathered) ptx::arrive_cluster();
-    ptx::sync_threads<kAllBarrier, kThreads>();
-    if (gathered) ptx::wait_cluster();
-}
-
 }  // namespace sparse
 
 extern "C" __global__ void __launch_bounds__(linear::kThreads, RESIDENT) TERSOR_ENTRY(
@@ -101,27 +93,25 @@ extern "C" __global__ void __launch_bounds__(linear::kThreads, RESIDENT) TERSOR_
     const u16* __restrict__ bias,                     // [OC] or null
     const u16* residual,                              // as y, added to it, or null
     u16* __restrict__ y,                              // [N, OC], or half as many channels where gated; contiguous
-    float* partial,                                   // sums of split items
-    u32* arrived,                                     // a counter for each split tile, zero before and after
+    float* partial,                                   // sums of parts of cut tiles
+    u32* arrived,                                     // a counter for each cut tile, zero before and after
+    const sparse::Place* __restrict__ of_places,      // what each place has
     int oc,
     int ic,
     int n,
-    int runs,                                         // of the layout
-    int splits,                                       // of a tile: its runs, or 1
+    int ctas,                                         // of a place, or 0: tiles are whole
     int x_rows,                                       // rows of a box: a tile's share of the tokens
     float factor) {                                   // the power of two that the expanded weights still lack
     using namespace sparse;
     extern __shared__ __align__(1024) char slots[];
-    __shared__ __align__(8) u64 barriers[2 * (kXSlots + kWeightSlots + 1)];
+    __shared__ __align__(8) u64 barriers[2 * (kXSlots + kWeightSlots)];
     __shared__ __align__(8) u32 table[2 * expand::kEntries];
     __shared__ u32 slot_marks[kWeightSlots * kRowGroups];
-    const bool gathered = GATHERS > 1 && ptx::cluster_ctas() > 1;
-    const Work work{oc, ic, n, 0, splits, x_rows};
+    __shared__ Range range;
+    const Work work{oc, ic, n, x_rows, ctas, &range};
     const u32 base = ptx::shared_address(slots), first_barrier = ptx::shared_address(barriers);
     const XRing xs{base, kXSlotBytes, first_barrier};
     const WeightRing masks{base + kWeightsAt, kWeightSlotBytes, first_barrier + ring::kBarrierBytes * kXSlots};
-    const u32 room_barrier = first_barrier + ring::kBarrierBytes * (kXSlots + kWeightSlots);
-    const u32 parts_barrier = room_barrier + 8;
     const Stored stored{mask, layers, starts, marks};
 
     ptx::launch_dependents();
@@ -132,39 +122,35 @@ extern "C" __global__ void __launch_bounds__(linear::kThreads, RESIDENT) TERSOR_
             if (ptx::elect()) {
                 masks.start(kReaders);
                 xs.start(kReaders);
-                ptx::barrier_init(room_barrier, kFinishers);
-                ptx::barrier_init(parts_barrier, 1);
                 ptx::barrier_init_fence();
-                if (gathered) ptx::barrier_expect(parts_barrier, (splits - 1) * kPartBytes);
             }
             __syncwarp();
         }
-        meet(gathered);
-        if (warp == 0) copy_weights(masks, work, stored, base + kSharedBytes, slot_marks, runs);
+        ptx::sync_threads<kAllBarrier, kThreads>();
+        if (warp == 0) copy_weights(masks, work, stored, base + kSharedBytes, slot_marks);
         if (warp == 1 && ptx::elect()) copy_activations(xs, work, 0, x_map, x_rows, nullptr, 0);
     } else {
         if (threadIdx.x < 2 * expand::kEntries) table[threadIdx.x] = expand::entry(threadIdx.x / 2, threadIdx.x % 2);
-        meet(gathered);
+        if (threadIdx.x == 0 && ctas > 0) range.take(of_places[blockIdx.x / ctas], 0, oc, work.blocks());
+        ptx::sync_threads<kAllBarrier, kThreads>();
         ptx::take_registers<kExpandRegisters>();
         const Norms norms{};
         const Places places{};
         const char* values = slots + kSharedBytes;
         u32 use = 0;
-        for_items(work, 0, [&](const Item& item) {
+        for_items_of_warp(work, [&](const Item& item) {
             Sum sums[kSums];
             RowTerms terms(oc, item, scale, factor);
             Met met;
             const int count = item.last_block - item.first_block;
-            multiply_blocks(sums, masks, xs, slots, values, reinterpret_cast<const char*>(table), slot_marks, use, count);
+            multiply_blocks(
+                sums, masks, xs, slots, values, reinterpret_cast<const char*>(table), slot_marks, use, item.first_block,
+                count);
             use += count;
-            const bool ahead = !kMany && (item.parts == 1 || (gathered && item.part == 0));
+            const bool ahead = !kMany && item.part == 0;
             if (ahead) met.load(item, terms, places, residual, norms);
             const TileScales of_tokens(nullptr, nullptr, item);
-            if (gathered) {
-                if (!gather_splits(sums, item, base, slots, room_barrier, parts_barrier)) return;
-            } else if (item.parts > 1) {
-                if (!add_splits(sums, work, item, 0, partial, arrived)) return;
-            }
+            if (item.parts > 1 && !add_parts(sums, work, item, partial, arrived)) return;
             terms.add_bias(bias, places);
             if constexpr (kMany) {
                 store_many<false>(sums, item, terms, places, of_tokens, residual, y, slots + kExchangeAt);
