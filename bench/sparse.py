@@ -107,11 +107,13 @@ class Weight:
         """Return copies of the layout with so many places; those of another number are dropped."""
         if places not in self.tiles:
             least = tune.least_bytes(self.packing.bits, chip_named("H200"))
-            first = sparse_tiles.pack(self.kept, self.numbers, places, least)
+            first = sparse_tiles.pack(self.kept, self.numbers, places, least, self.packing.bytewise)
             count = copies(first.nbytes)
             tensors = [(first.mask, first.layers, first.starts, first.marks)]
             tensors += [tuple(one.clone() for one in tensors[0]) for _ in range(count - 1)]
-            self.tiles = {places: [sparse_tiles.SparseTiles(first.shape, first.bits, *one) for one in tensors]}
+            self.tiles = {
+                places: [sparse_tiles.SparseTiles(first.shape, first.bits, first.four, *one) for one in tensors]
+            }
         return self.tiles[places]
 
 

@@ -85,6 +85,23 @@ def test_bfloat16_is_within_tolerance(values: str) -> None:
         check(case, n, torch.bfloat16, tile_of(n))
 
 
+@pytest.mark.parametrize("result", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("values", ["fp6_e3m2", "int4", "fp8_e4m3"])
+def test_activations_in_e4m3_are_within_tolerance(values: str, result: torch.dtype) -> None:
+    """Of whole numbers sums of four blocks are exact in the tensor cores; again and again they have the same bits."""
+    case = Case.of(skewed_mask(700, 3000).cuda(), values, result, 23, 448.0, bytewise=True)
+    for n in (3, 16, 32, 64, 100):
+        tokens = next(t for t in tune.TOKENS if n <= t)
+        for tile in tune.tiles(tokens, 8, H200, bytewise=True):
+            function = module.get(sparse_source(case.packing, tile, 0, str(result)[6:]), 0)
+            x, bias, residual = case.tensors(n, result)
+            for places in (0, 23):
+                config = tune.config(tile, 700, places, H200, n)
+                y = case.launched(function, config, x, bias, residual)
+                case.check(y, x, bias, residual)
+                assert all(torch.equal(case.launched(function, config, x, bias, residual), y) for _ in range(10))
+
+
 @pytest.mark.parametrize("which", TILES, ids=str)
 @pytest.mark.parametrize("values", ["float16", "fp8_e4m3"])
 def test_every_tile_gives_the_same_bits_again_and_again(which: tuple[int, int, int], values: str) -> None:

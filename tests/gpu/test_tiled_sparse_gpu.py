@@ -131,6 +131,21 @@ def test_slices_are_decoded_for_cublas(
     torch.testing.assert_close(x.grad.double(), wanted, rtol=2.0**-9, atol=1e-2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_activations_in_e4m3_are_multiplied_for_any_number_of_tokens(dtype: torch.dtype, launched: list[str]) -> None:
+    weight, decoded = pruned.sparse(pruned.random(704, 3000) / 50, skewed_mask(704, 3000), get_scheme("fp6_e3m2"))
+    held, exact_weight = ops.preferred_sparse(weight.to(CUDA), dtype, "fp8"), decoded.double().cuda()
+    for n in (1, 9, 64, 65, 300):
+        x, residual = rows(n, 3000, dtype=dtype), rows(n, 704, dtype=dtype, seed=1)
+        codes, scale = formats.Activations.E4M3.quantize(x.float())
+        wide = codes.double() * scale.double().view(-1, 1)
+        found = ops.linear(x, held, residual=residual)
+        exact = wide @ exact_weight.T + residual.double()
+        allowed = wide.abs() @ exact_weight.abs().T * 2.0**-11 + exact.abs() * torch.finfo(dtype).eps
+        assert bool(((found.double() - exact).abs() <= allowed + 1e-6).all())
+    assert any("float8_e4m3fn" in name for name in launched)
+
+
 def test_what_is_not_finite_reaches_every_output_and_no_other_token() -> None:
     weight, decoded = made(pruned.kept(128, 512, 0.5), "fp6_e3m2", torch.float16)
     x = rows(8, 512, dtype=torch.float16)

@@ -181,3 +181,19 @@ def test_a_stored_weight_of_any_format_is_decoded(
                 words=len(weight.values),
             )
             assert torch.equal(dense, weight.dequantize(dtype, (first, first + rows)))
+
+
+@pytest.mark.parametrize(
+    ("values", "result", "n"), [("fp6_e3m2", "float16", 5), ("int4", "bfloat16", 90), ("fp8_e4m3", "float16", 16)]
+)
+def test_values_meet_activations_in_e4m3(values: str, result: str, n: int, folder: Path) -> None:
+    """Whole tiles and cut ones: every block settles its sums, four at a time, or alone behind the last four."""
+    dtype = getattr(torch, result)
+    case = Case.of(skewed_mask(300, 1400), values, dtype, 7, largest=448.0, bytewise=True)
+    tile = tune.tile_for(next(t for t in tune.TOKENS if n <= t), H200, layers=64, bytewise=True)
+    x, bias, residual = case.tensors(n, dtype)
+    function = Emulated(sparse_source(case.packing, tile, 0, result), folder, 900)
+    for places in (0, 7):
+        config = tune.config(tile, 300, places, H200, n)
+        config = config if places else replace(config, ctas=min(config.ctas, 3))
+        case.check(case.launched(function, config, x, bias, residual), x, bias, residual)

@@ -9,7 +9,7 @@ from tersor import formats
 from tersor.errors import FormatError, ShapeError
 from tersor.layouts import sparse_tiles
 from tersor.layouts.sparse_cuts import Cuts
-from tersor.layouts.sparse_packing import SparsePacking, unsupported_reason
+from tersor.layouts.sparse_packing import FP8, SparsePacking, unsupported_reason
 
 SHAPE = (150, 700)
 
@@ -149,12 +149,50 @@ def test_a_byte_stands_for_every_code_and_zero_is_what_pruned_weights_have(name:
         assert torch.equal(floats * power, scheme.format.values().double())
 
 
+@pytest.mark.parametrize(
+    "name", ["fp8_e4m3", "fp7_e3m3", "fp6_e3m2", "fp6_e2m3", "fp5_e3m1", "fp4_e2m1", "int5", "int4"]
+)
+def test_beside_e4m3_a_byte_is_the_number_itself(name: str) -> None:
+    """Up to one power of two: all numbers, but 480, which halves of all stand for where they are there."""
+    scheme = formats.get_scheme(name)
+    codes = torch.arange(1 << scheme.format.bits, dtype=torch.uint8)
+    numbers = scheme.format.values().double()
+    for packing in SparsePacking.choices(scheme, FP8):
+        there = codes[torch.tensor(packing.bytes_of) >= 0]
+        bytes_of = packing.pack(there)
+        found = bytes_of.view(torch.float8_e4m3fn).double() * packing.factor
+        assert torch.equal(found, numbers[there.long()]) and torch.equal(packing.unpack(bytes_of), there)
+        assert SparsePacking.holding(scheme, FP8, there) in SparsePacking.choices(scheme, FP8)
+    usual = SparsePacking.of(scheme, FP8)
+    assert usual.bytewise and (min(usual.bytes_of) >= 0) == (name != "fp8_e4m3")
+
+
+def test_numbers_without_a_common_multiple_in_e4m3_are_said() -> None:
+    scheme = formats.get_scheme("fp8_e4m3")
+    largest, odd = torch.tensor([0x7F, 0x40], dtype=torch.uint8), torch.tensor([0x01, 0x40], dtype=torch.uint8)
+    assert SparsePacking.holding(scheme, FP8, largest).factor == 2 * SparsePacking.holding(scheme, FP8, odd).factor
+    with pytest.raises(FormatError, match="leave activations in 16 bits"):
+        SparsePacking.holding(scheme, FP8, torch.cat([largest, odd]))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (65, 129), (200, 1100)])
+def test_tiles_of_four_weights_a_register_come_back(shape: tuple[int, int]) -> None:
+    kept, values = random(shape, 0.5), numbers(shape, torch.uint8)
+    tiles = sparse_tiles.pack(kept, values, 1, four=True)
+    left, back = sparse_tiles.unpack(tiles)
+    assert torch.equal(left, kept) and torch.equal(back[kept], values[kept])
+    assert shape[1] < 8 or not torch.equal(tiles.mask, sparse_tiles.pack(kept, values, 1).mask)
+
+
 def test_what_no_kernel_expands_is_named() -> None:
     grouped = formats.get_scheme("fp6_e3m2", group_size=128)
     for values, target, reason in (
         (grouped, "float16", "scales in groups"),
         (formats.get_scheme("uint4"), "float16", "zero points"),
         (formats.get_scheme("fp8_e4m3"), "int8", "not expanded for int8"),
+        (formats.get_scheme("int8"), FP8, "int8 has numbers that e4m3 has not"),
+        (formats.get_scheme("fp8_e5m2"), FP8, "fp8_e5m2 has numbers that e4m3 has not"),
+        ("float16", FP8, "plain values meet activations as they come"),
         ("bfloat16", "float16", "values in bfloat16 do not meet float16"),
     ):
         assert reason in unsupported_reason(values, target)

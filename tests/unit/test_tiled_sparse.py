@@ -16,12 +16,13 @@ from torch.nn import functional
 
 from tersor import formats, hardware, ops
 from tersor.errors import FormatError, ShapeError
-from tersor.formats import Plain, Scheme, Sparse, get_scheme
+from tersor.formats import Activations, Plain, Scheme, Sparse, get_scheme
 from tersor.hardware import CHIPS, chip_named
 from tersor.kernels import jit
 from tersor.kernels.tune import sparse as tune
 from tersor.layouts import SparseWeight, TiledSparseWeight
 from tersor.layouts.gated import interleave
+from tersor.layouts.sparse_packing import FP8
 from tersor.layouts.tiled_sparse import packing_of, tiles_reason
 from tersor.nn import SparseLinear
 from tersor.ops import Gate, current, dispatch, needed_sparse, sparse_layout, tensors, tiled_sparse
@@ -117,7 +118,7 @@ def test_tiles_of_another_weight_are_refused() -> None:
 def in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """16-bit activations find pruned weights in tiles, as on a GPU; others as they are stored."""
 
-    def preferred(weight: Any, dtype: torch.dtype) -> Any:
+    def preferred(weight: Any, dtype: torch.dtype, activations: Activations = Activations.NATIVE) -> Any:
         stored = weight.stored() if isinstance(weight, TiledSparseWeight) else weight
         if dtype not in (torch.float16, torch.bfloat16) or tiles_reason(stored.sparse, str(dtype)[6:]):
             return stored
@@ -244,6 +245,41 @@ def test_the_front_launches_the_kernel_and_the_one_that_decodes(
     many = ops.linear(x, held, bias)
     torch.testing.assert_close(many.double(), wanted - residual.double(), rtol=2**-9, atol=5e-2)
     tiled_sparse.forget()
+
+
+@pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize(("values", "dtype"), [("fp6_e3m2", torch.float16), ("int4", torch.bfloat16)])
+def test_the_front_quantises_activations_ahead_of_the_kernel(
+    values: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(jit.tensor_map, "rows", tensor_map)
+    monkeypatch.setattr(jit, "get", lambda source, device: Emulated(source, tmp_path, 900))
+    monkeypatch.setattr(hardware, "of_device", lambda index: replace(H200, sms=1))
+    monkeypatch.setattr(sparse_layout, "reason", lambda *of: "")
+    monkeypatch.setattr(current, "device", lambda: -1)
+    monkeypatch.setattr(current, "stream", lambda index: 0)
+    monkeypatch.setattr(current, "empty", lambda shape, stride, dtype: torch.empty(shape, dtype=dtype))
+    monkeypatch.setattr(tensors, "output", lambda shape, n, oc, dtype: torch.full((*shape[:-1], oc), 7.0, dtype=dtype))
+    weight, decoded = made(70, 264, values=get_scheme(values))
+    held = TiledSparseWeight.of(weight, FP8, 0)
+    x, bias = pruned.random(9, 264, 5).to(dtype), pruned.random(1, 70, 6)[0].to(dtype)
+    codes, scale = Activations.E4M3.quantize(x.float())
+    wanted = (codes.double() * scale.double().view(-1, 1)) @ decoded.double().T + bias.double()
+    tiled_sparse.forget()
+    torch.testing.assert_close(ops.linear(x, held, bias).double(), wanted, rtol=2**-8, atol=2e-3)
+    tiled_sparse.forget()
+
+
+def test_kernels_for_activations_in_e4m3_are_named_of_a_weight_that_is_described() -> None:
+    representation, shape = Sparse(get_scheme("fp6_e3m2")), (2048, 1024)
+    weight, _ = made(*shape, values=get_scheme("fp6_e3m2"))
+    described = TiledSparseWeight.described(weight.form, shape, FP8)
+    ahead = set(needed_sparse.linear(described, torch.bfloat16, 1, 700, H200))
+    held = TiledSparseWeight.of(weight, FP8, *sparse_layout.cut_of(representation, shape, torch.bfloat16, H200))
+    exact = set(needed_sparse.linear(held, torch.bfloat16, 1, 700, H200))
+    assert exact and exact <= ahead and all("float8_e4m3fnbfloat16" in one.name for one in exact if "sm90" in one.name)
+    problem = sparse_layout.problem_of(held.packing, shape, 5000, held.tiles.places, held.tiles.nbytes)
+    assert tune.fused(problem, H200) and tune.choose(problem, H200).tile.tokens <= 128
 
 
 def test_formats_that_kernels_expand_are_those_with_one_scale_a_row() -> None:

@@ -2,7 +2,8 @@
 
 A block is 64 rows by 128 channels, a unit's: four warps of 32 lanes have 64 weights each, as in `tiles`. Bit 2 r + e
 of a lane's 64 is weight e of its register r = 4 step + 2 half + i: row 8 i + g of the warp's 16, channel 16 step +
-8 half + 2 t + e, for lane 4 g + t. The values of the ones follow each other in that order in one of the unit's 128
+8 half + 2 t + e, for lane 4 g + t; beside 8-bit activations bit 4 r + e is channel 32 step + 16 half + 4 t + e.
+The values of the ones follow each other in that order in one of the unit's 128
 queues, and those of the next block behind them; in block b lane l of a warp reads the warp's queue
 (l + 5 b) % 32, which evens out rows and channels that have more weights left than others.
 
@@ -35,6 +36,7 @@ _LANES = 128
 _WARP = 32
 _WEIGHTS = 64
 _STEP = 5
+_TURNED = 3
 _MOST_LAYERS = 1 << 16
 _CHUNK_WEIGHTS = 1 << 24
 """Weights laid out at a time: bounds the scratch memory to some 300 MB."""
@@ -47,7 +49,8 @@ class SparseTiles:
     Attributes:
         shape: (OC, IC).
         bits: what a value takes, 8 or 16.
-        mask: int32 [units, blocks, 128, 2], 64 bits a lane.
+        four: whether a register has four weights, beside 8-bit activations.
+        mask: int32 [units, blocks, 128, 2], 64 bits a lane, the bits of each word turned left by `_TURNED`.
         layers: int32 [layers, 128], a word of every queue.
         starts: int32 [4 places + units], what each place has (`Cuts.places`), then the first layer of each unit.
         marks: int32 [units, blocks], layers of the unit reached, and 16 bits up those done with.
@@ -55,6 +58,7 @@ class SparseTiles:
 
     shape: tuple[int, int]
     bits: int
+    four: bool
     mask: torch.Tensor
     layers: torch.Tensor
     starts: torch.Tensor
@@ -78,8 +82,8 @@ class SparseTiles:
         end = int(every[last]) if last < len(every) else len(self.layers)
         rows = min(last * UNIT_OC, self.shape[0]) - first * UNIT_OC
         return SparseTiles(
-            (rows, self.shape[1]), self.bits, self.mask[first:last], self.layers[begin:end], starts - begin,
-            self.marks[first:last],
+            (rows, self.shape[1]), self.bits, self.four, self.mask[first:last], self.layers[begin:end],
+            starts - begin, self.marks[first:last],
         )  # fmt: skip
 
 
@@ -88,13 +92,14 @@ def places_of(starts: torch.Tensor, marks: torch.Tensor) -> int:
     return (starts.shape[0] - marks.shape[0]) // PLACE_NUMBERS
 
 
-def pack(kept: torch.Tensor, values: torch.Tensor, places: int, least: int = 0) -> SparseTiles:
+def pack(kept: torch.Tensor, values: torch.Tensor, places: int, least: int = 0, four: bool = False) -> SparseTiles:
     """Lay a pruned weight out.
 
     Args:
         kept: bool [OC, IC], which weights are left.
         values: uint8 or int16 [OC, IC], what stands for them in queues (`SparsePacking.pack`); others do not count.
         places, least: how it is cut (`Cuts.of`).
+        four: whether registers are to have four weights, beside 8-bit activations.
 
     Raises:
         ShapeError: more places than blocks, or a unit whose queues have more words than a mark can tell.
@@ -105,7 +110,7 @@ def pack(kept: torch.Tensor, values: torch.Tensor, places: int, least: int = 0) 
     masks, queues, starts, marks = [], [], [cuts.places.reshape(-1)], []
     first = 0
     for rows in _chunks(oc, ic):
-        left, numbers = _lanes(kept[rows]), _lanes(values[rows])
+        left, numbers = _lanes(kept[rows], four), _lanes(values[rows], four)
         masks.append(_mask_words(left))
         units = slice(rows.start // UNIT_OC, -(-min(rows.stop, oc) // UNIT_OC))
         found = _Places.of(left.sum(-1), bits, cuts.anew[units])
@@ -119,7 +124,7 @@ def pack(kept: torch.Tensor, values: torch.Tensor, places: int, least: int = 0) 
     if first >= 1 << 31:
         raise ShapeError(f"a pruned weight {[oc, ic]} has {first} layers of values, more than a kernel can number")
     joined = [torch.cat(parts) for parts in (masks, queues, marks)]
-    return SparseTiles((oc, ic), bits, joined[0], joined[1], torch.cat([one.int() for one in starts]), joined[2])
+    return SparseTiles((oc, ic), bits, four, joined[0], joined[1], torch.cat([one.int() for one in starts]), joined[2])
 
 
 def unpack(tiles: SparseTiles) -> tuple[torch.Tensor, torch.Tensor]:
@@ -135,8 +140,8 @@ def unpack(tiles: SparseTiles) -> tuple[torch.Tensor, torch.Tensor]:
         words = words.view(torch.uint8 if tiles.bits == 8 else torch.int16)
         numbers = torch.zeros(left.shape, dtype=words.dtype, device=words.device)
         numbers[left] = words[places.elements(left, tiles.bits)[left]]
-        kept.append(_rows(left, oc - rows.start, ic))
-        values.append(_rows(numbers, oc - rows.start, ic))
+        kept.append(_rows(left, oc - rows.start, ic, tiles.four))
+        values.append(_rows(numbers, oc - rows.start, ic, tiles.four))
         unit += units
         layer += places.layers
     return torch.cat(kept), torch.cat(values)
@@ -213,26 +218,29 @@ def _chunks(oc: int, ic: int) -> Iterator[slice]:
     return (slice(first, first + step) for first in range(0, oc, step))
 
 
-def _lanes(rows: torch.Tensor) -> torch.Tensor:
+def _lanes(rows: torch.Tensor, four: bool) -> torch.Tensor:
     """Return rows [R, IC] as lanes have them, [units, blocks, 128, 64], zeros behind the last row and channel."""
     padding = (0, -rows.shape[1] % BLOCK_IC, 0, -rows.shape[0] % UNIT_OC)
     padded = torch.nn.functional.pad(rows, padding)
-    # Row = 16 warp + 8 i + g, channel = 16 step + 8 half + 2 t + e.
-    axes = padded.view(-1, 4, 2, 8, padded.shape[1] // BLOCK_IC, 8, 2, 4, 2)
+    # Row = 16 warp + 8 i + g, channel = 16 step + 8 half + 2 t + e, or 32 step + 16 half + 4 t + e.
+    steps, elements = (4, 4) if four else (8, 2)
+    axes = padded.view(-1, 4, 2, 8, padded.shape[1] // BLOCK_IC, steps, 2, 4, elements)
     return axes.permute(0, 4, 1, 3, 7, 5, 6, 2, 8).reshape(axes.shape[0], -1, _LANES, _WEIGHTS)
 
 
-def _rows(lanes: torch.Tensor, oc: int, ic: int) -> torch.Tensor:
+def _rows(lanes: torch.Tensor, oc: int, ic: int, four: bool) -> torch.Tensor:
     """Undo `_lanes`."""
     units, blocks = lanes.shape[:2]
-    axes = lanes.view(units, blocks, 4, 8, 4, 8, 2, 2, 2).permute(0, 2, 7, 3, 1, 5, 6, 4, 8)
+    steps, elements = (4, 4) if four else (8, 2)
+    axes = lanes.view(units, blocks, 4, 8, 4, steps, 2, 2, elements).permute(0, 2, 7, 3, 1, 5, 6, 4, 8)
     return axes.reshape(units * UNIT_OC, blocks * BLOCK_IC)[:oc, :ic]
 
 
 def _mask_words(left: torch.Tensor) -> torch.Tensor:
-    """Return bits, bool [..., 64], as words, int32 [..., 2], the lowest bit first."""
+    """Return bits, bool [..., 64], as words, int32 [..., 2], the lowest bit first, then turned."""
     weights = torch.tensor([1 << bit for bit in range(8)], dtype=torch.uint8, device=left.device)
-    octets = (left.view(*left.shape[:-1], 8, 8) * weights).sum(-1, dtype=torch.uint8)
+    turned = left.view(*left.shape[:-1], 2, 32).roll(_TURNED, -1)
+    octets = (turned.reshape(*left.shape[:-1], 8, 8) * weights).sum(-1, dtype=torch.uint8)
     return octets.contiguous().view(torch.int32)
 
 
@@ -240,4 +248,5 @@ def _mask_bits(words: torch.Tensor) -> torch.Tensor:
     """Undo `_mask_words`."""
     octets = words.contiguous().view(torch.uint8)
     places = torch.arange(8, dtype=torch.uint8, device=words.device)
-    return ((octets[..., None] >> places) & 1).bool().flatten(-2)
+    turned = ((octets[..., None] >> places) & 1).bool().view(*words.shape, 32)
+    return turned.roll(-_TURNED, -1).flatten(-2)

@@ -63,7 +63,7 @@ _COUNTED = 1024
 """Weights of which instructions and clocks are counted: a warp's of half a block."""
 _TOKEN_STEP = 32
 _UNIT_COUNTS = UNIT_OC * BLOCK_IC // _COUNTED
-_USUAL_DENSITY, _USUAL_TOKENS, _USUAL_INSTRUCTIONS, _WIDE_INSTRUCTIONS = 0.5, 16, 126, 154
+_USUAL_DENSITY, _USUAL_TOKENS, _USUAL_INSTRUCTIONS, _WIDE_INSTRUCTIONS = 0.5, 16, 104, 137
 """What places are chosen for; the last of values of 16 bits."""
 _TILE_ROWS = CUT_UNITS * UNIT_OC
 """Rows that are cut in the same blocks."""
@@ -104,7 +104,7 @@ class SparseCosts:
     tensor: float = 0.76
     l2: float = 40.0
     run: float = 0.01
-    cut: float = 2.5e-6
+    cut: float = 2.0e-6
     exchange: float = 5e-13
     cublas: float = 0.72
     decompress: float = 0.8
@@ -125,6 +125,7 @@ class SparseProblem:
         instructions: of a warp for 1,024 weights (`SparsePacking.instructions`).
         places: of the layout.
         nbytes: of the weight in memory.
+        bytewise: whether activations are bytes.
         batch_invariant: whether a row of y must not depend on how many other rows there are.
     """
 
@@ -135,6 +136,7 @@ class SparseProblem:
     instructions: int
     places: int
     nbytes: int
+    bytewise: bool = False
     batch_invariant: bool = False
 
 
@@ -150,7 +152,7 @@ def candidates(problem: SparseProblem, chip: Chip) -> Iterator[SparseConfig]:
     else:
         widths = tuple(tokens for tokens in TOKENS if tokens >= FEW)
     for tokens in widths:
-        for tile in tiles(tokens, problem.bits, chip):
+        for tile in tiles(tokens, problem.bits, chip, problem.bytewise):
             for places in sorted({problem.places, 0}, reverse=True):
                 yield config(tile, problem.oc, places, chip, problem.n)
 
@@ -163,8 +165,11 @@ def choose(problem: SparseProblem, chip: Chip) -> SparseConfig:
 
 
 def fused(problem: SparseProblem, chip: Chip) -> bool:
-    """Tell whether a product is predicted to take no longer in the kernel than decoded for cuBLAS."""
-    if problem.batch_invariant or problem.n <= FEW:
+    """Tell whether a product is predicted to take no longer in the kernel than decoded for cuBLAS.
+
+    Bytes are multiplied in the kernel alone.
+    """
+    if problem.batch_invariant or problem.bytewise or problem.n <= FEW:
         return True
     return seconds(problem, choose(problem, chip), chip) <= decompress_seconds(problem, chip)
 
@@ -187,15 +192,15 @@ def compute_seconds(problem: SparseProblem, config: SparseConfig, chip: Chip, co
         (problem.instructions + tile.tokens / 8) / costs.issue * together,
         costs.latency / (4 * tile.row_groups * active) * together,
         costs.shared[problem.bits == 16] + tile.tokens / 4,
-        2 * _COUNTED * tile.tokens / _FLOPS_OF_CLOCK / costs.tensor,
-        2 * BLOCK_IC * tile.tokens / counted / costs.l2,
+        2 * _COUNTED * tile.tokens / _FLOPS_OF_CLOCK / costs.tensor / (1 + problem.bytewise),
+        2 * BLOCK_IC * tile.tokens / counted / costs.l2 / (1 + problem.bytewise),
     )
     total = costs.start + _busiest(problem, config, chip) * _UNIT_COUNTS * clocks / clock(chip)
     token_tiles = tile.token_tiles(problem.n)
     if not config.places:
         return total + costs.item * math.ceil(-(-problem.oc // tile.rows) * token_tiles / config.ctas)
     turns = tile.neighbours * token_tiles / config.place_ctas
-    exchanged = 2 * config.places * tile.neighbours * token_tiles * tile.part_bytes
+    exchanged = config.places * tile.neighbours * token_tiles * tile.part_bytes
     return total + costs.item * max(1.0, turns) + costs.cut * turns + exchanged * costs.exchange
 
 

@@ -11,8 +11,8 @@ from tersor.layouts.sparse_cuts import CUT_UNITS
 
 TOKENS = (8, 16, 32, 64, 128, 256)
 """Tokens of tiles; one that has fewer takes a product of all tokens, others several of them in turn."""
-SHAPES = ((2, 1, 128), (4, 1, 64), (2, 2, 64), (1, 4, 64))
-"""Row groups, CTAs of a multiprocessor, layers of a ring: of tiles of up to 64 tokens."""
+SHAPES = ((1, 4, 64), (2, 2, 64), (2, 1, 128), (4, 1, 64))
+"""Row groups, CTAs of a multiprocessor, layers of a ring; up to 64 tokens. The first of tiles as good is taken."""
 MANY_SHAPES = ((2, 1, 64),)
 """The same of more tokens."""
 _LAYER_BYTES = 512
@@ -25,6 +25,7 @@ _RESERVED = 1024
 _MOST_SLOTS = 12
 _MOST_X_SLOTS = 8
 _LEAST_SLOTS = 4
+MOST_OF_BYTES = 128
 FEW = 64
 """Tokens up to which a slot of activations has a whole block, and results need no room."""
 
@@ -39,6 +40,7 @@ class SparseTile:
         resident: CTAs that fit on a multiprocessor.
         layers: of values in the ring of a row group, a power of two from 64 on.
         masks, x_slots: slots of masks and of activations.
+        bytewise: whether activations are bytes.
     """
 
     tokens: int
@@ -47,9 +49,11 @@ class SparseTile:
     layers: int
     masks: int
     x_slots: int
+    bytewise: bool = False
 
     def __str__(self) -> str:
-        return f"{self.rows}x{self.tokens}r{self.resident}l{self.layers}s{self.masks}x{self.x_slots}"
+        of = "b" if self.bytewise else ""
+        return f"{self.rows}x{self.tokens}r{self.resident}l{self.layers}s{self.masks}x{self.x_slots}{of}"
 
     @property
     def rows(self) -> int:
@@ -69,7 +73,7 @@ class SparseTile:
     @property
     def x_bytes(self) -> int:
         """Bytes of a slot of activations: a block's, or half a block's."""
-        return _x_bytes(self.tokens)
+        return _x_bytes(self.tokens, self.bytewise)
 
     @property
     def slot_bytes(self) -> int:
@@ -126,41 +130,51 @@ class SparseConfig:
         return 2 * self.places * tiles * self.tile.part_bytes // 4, -(-oc // (CUT_UNITS * UNIT_OC)) * tiles
 
 
-def tile_for(tokens: int, chip: Chip, *, row_groups: int = 2, resident: int = 1, layers: int = 128) -> SparseTile:
+def tile_for(
+    tokens: int, chip: Chip, *, row_groups: int = 2, resident: int = 1, layers: int = 128, bytewise: bool = False
+) -> SparseTile:
     """Return a tile with as many slots as its shared memory has room for.
 
     Raises:
         ValueError: shared memory has not room for four slots of each kind.
     """
     room = _room(chip, row_groups, resident, layers) - _STATIC_BYTES - _store_bytes(tokens, row_groups)
-    mask_bytes = row_groups * _MASK_BYTES
-    if tokens <= FEW:
-        masks = x_slots = min(_MOST_SLOTS, room // (_x_bytes(tokens) + mask_bytes))
+    mask_bytes, x_bytes = row_groups * _MASK_BYTES, _x_bytes(tokens, bytewise)
+    if tokens <= FEW or bytewise:
+        masks = x_slots = min(_MOST_SLOTS, room // (x_bytes + mask_bytes))
     else:
-        x_slots = min(_MOST_X_SLOTS, (room - _LEAST_SLOTS * mask_bytes) // _x_bytes(tokens)) // 2 * 2
-        masks = min(_MOST_SLOTS, (room - x_slots * _x_bytes(tokens)) // mask_bytes)
+        x_slots = min(_MOST_X_SLOTS, (room - _LEAST_SLOTS * mask_bytes) // x_bytes) // 2 * 2
+        masks = min(_MOST_SLOTS, (room - x_slots * x_bytes) // mask_bytes)
     if min(masks, x_slots) < _LEAST_SLOTS:
         raise ValueError(f"tiles of {64 * row_groups} rows and {tokens} tokens have no room for {layers} layers")
-    return SparseTile(tokens, row_groups, resident, layers, masks, x_slots)
+    return SparseTile(tokens, row_groups, resident, layers, masks, x_slots, bytewise)
 
 
 @functools.cache
 def decompress_tile(chip: Chip) -> SparseTile:
     """Return the tile of the kernel that decodes for cuBLAS (sm90_decompress.cuh)."""
     row_groups, resident, layers = 1, 4, 64
-    room = _room(chip, row_groups, resident, layers) - _STATIC_BYTES - _TURNED_BYTES - _x_bytes(TOKENS[0])
+    room = _room(chip, row_groups, resident, layers) - _STATIC_BYTES - _TURNED_BYTES - _x_bytes(TOKENS[0], False)
     return SparseTile(TOKENS[0], row_groups, resident, layers, min(_MOST_SLOTS, room // _MASK_BYTES), 1)
 
 
 @functools.cache
-def tiles(tokens: int, bits: int, chip: Chip) -> tuple[SparseTile, ...]:
-    """Return the tiles of so many tokens that shared memory has room for, for values of so many bits."""
-    found = []
+def tiles(tokens: int, bits: int, chip: Chip, bytewise: bool = False) -> tuple[SparseTile, ...]:
+    """Return the tiles of so many tokens that shared memory has room for, for values of so many bits.
+
+    Of bytes, whose sums are held twice, there are none of more than 128 tokens.
+    """
+    found: list[SparseTile] = []
+    if bytewise and tokens > MOST_OF_BYTES:
+        return ()
     for row_groups, resident, layers in SHAPES if tokens <= FEW else MANY_SHAPES:
+        if bytewise and tokens <= FEW and resident == 1:  # several CTAs have room for bytes
+            continue
         if bits == 16 and layers < 128 and resident * row_groups < 4 and tokens <= FEW:
             continue
         try:
-            found.append(tile_for(tokens, chip, row_groups=row_groups, resident=resident, layers=layers))
+            shape = {"row_groups": row_groups, "resident": resident, "layers": layers}
+            found.append(tile_for(tokens, chip, **shape, bytewise=bytewise))
         except ValueError:
             continue
     return tuple(found)
@@ -179,8 +193,8 @@ def _room(chip: Chip, row_groups: int, resident: int, layers: int) -> int:
     return (chip.shared_bytes + _RESERVED) // resident - _RESERVED - row_groups * (layers + _MIRRORED) * _LAYER_BYTES
 
 
-def _x_bytes(tokens: int) -> int:
-    return tokens * (256 if tokens <= FEW else 128)
+def _x_bytes(tokens: int, bytewise: bool) -> int:
+    return tokens * (256 if tokens <= FEW and not bytewise else 128)
 
 
 def _store_bytes(tokens: int, row_groups: int) -> int:

@@ -46,12 +46,9 @@ __device__ __forceinline__ int unit_of(const Item& item, int group, int oc) {
 // The queue that a lane reads in a block.
 __device__ __forceinline__ u32 queue_of(int block) { return (threadIdx.x + kStep * block) % 32; }
 
-// Where a lane goes on in its queue when a block comes: `mark` is what the copying warp left beside the block's slot, the
-// place behind the layers done with, and 1 for the first block of an item.
-__device__ __forceinline__ void enter_block(u32 mark, u32& place) {
-    const u32 least = mark & ~31u;
-    if ((mark & 1) || static_cast<int>(least - place) > 0) place = least;
-}
+// Where a lane goes on in its queue when a block comes: `least` is what the copying warp left beside the block's slot, the
+// place behind the layers done with. Places count up from the first item of a CTA to its last: 2^27 layers are 64 GB.
+__device__ __forceinline__ void enter_block(u32 least, u32& place) { place = max(place, least); }
 
 // The marks of 32 blocks, one a lane.
 __device__ __forceinline__ u32 fetch_marks(const u32* marks, int left) {
@@ -136,8 +133,7 @@ __device__ __forceinline__ void copy_weights(
                 u32 bytes = 0;
 #pragma unroll
                 for (int group = 0; group < kRowGroups; ++group) {
-                    const u32 place = (base[group] + (marks[group] >> 16)) * 32;
-                    slot_marks[at.slot * kRowGroups + group] = place | (block == item.first_block);
+                    slot_marks[at.slot * kRowGroups + group] = (base[group] + (marks[group] >> 16)) * 32;
                     const u32 count = base[group] + (marks[group] & 0xFFFF) - next[group];
                     const u32 layers = count + mirrored(next[group], count);
                     if (group < own_units) bytes += kMaskBytes + layers * kLayerBytes;

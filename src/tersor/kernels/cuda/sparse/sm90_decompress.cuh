@@ -122,7 +122,7 @@ extern "C" __global__ void __launch_bounds__(linear::kThreads, RESIDENT) TERSOR_
         }
     } else {
         if (threadIdx.x < 2 * expand::kEntries) table[threadIdx.x] = expand::entry(threadIdx.x / 2, threadIdx.x % 2);
-        if (threadIdx.x == 0 && ctas > 0) range.take(of_places[blockIdx.x / ctas], skipped, rows, work.blocks());
+        if (threadIdx.x == kConsumers - 1 && ctas > 0) range.take(of_places[blockIdx.x / ctas], skipped, rows, work.blocks());
         ptx::sync_threads<kAllBarrier, kThreads>();
         ptx::take_registers<kExpandRegisters>();
         u32 use = 0;

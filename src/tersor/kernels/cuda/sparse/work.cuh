@@ -16,6 +16,7 @@
 #include "common/ptx.cuh"
 #include "common/tile.cuh"
 #include "dense/sm90_pipeline.cuh"
+#include "sparse/instructions.cuh"
 
 namespace sparse {
 
@@ -125,7 +126,7 @@ __device__ __forceinline__ bool add_parts(
     };
     bool here = false;  // whether the sums of the first part are in registers
     if (item.part == 0) {
-        if (threadIdx.x == 0) others = __ldcg(counter);
+        if (threadIdx.x == 0) others = ptx::arrived_at(counter);
         ptx::sync_threads<kFinishersBarrier, kFinishers>();
         here = others == item.parts - 1;
         ptx::sync_threads<kFinishersBarrier, kFinishers>();
@@ -141,9 +142,9 @@ __device__ __forceinline__ bool add_parts(
         const bool is_last = others == item.parts - 1;
         ptx::sync_threads<kFinishersBarrier, kFinishers>();
         if (!is_last) return false;
+        __threadfence();
     }
     if (threadIdx.x == 0) *counter = 0;
-    __threadfence();
     constexpr int kChunk = kSums < 16 ? kSums : 16;  // loads under way at a time, for the registers there are
 #pragma unroll
     for (int chunk = 0; chunk < kSums; chunk += kChunk) {
