@@ -39,7 +39,7 @@ FLASH = (
     (21504, 7168), (7168, 7168), (28672, 7168), (7168, 28672), (27648, 9216), (9216, 9216),
     (36864, 9216), (9216, 36864), (36864, 12288), (12288, 12288), (49152, 12288), (12288, 49152),
 )  # fmt: skip
-TILES = ((2, 1, 128), (3, 1, 64), (4, 1, 64), (2, 2, 64), (3, 1, 128), (2, 1, 64), (1, 2, 128), (1, 3, 64), (1, 4, 64))
+TILES = ((2, 1, 128), (4, 1, 64), (2, 2, 64), (2, 1, 64), (1, 2, 128), (1, 4, 64))
 """Row groups, CTAs of a multiprocessor, layers of a ring."""
 
 
@@ -103,15 +103,18 @@ class Weight:
         self.kept, self.numbers = kept, packed
         self.scale = torch.rand(self.oc, device="cuda") + 0.5
 
-    def laid_out(self, runs: int) -> list[sparse_tiles.SparseTiles]:
-        """Return copies of the layout with so many runs; those of another number are dropped."""
-        if runs not in self.tiles:
-            first = sparse_tiles.pack(self.kept, self.numbers, runs)
+    def laid_out(self, places: int) -> list[sparse_tiles.SparseTiles]:
+        """Return copies of the layout with so many places; those of another number are dropped."""
+        if places not in self.tiles:
+            least = tune.least_bytes(self.packing.bits, chip_named("H200"))
+            first = sparse_tiles.pack(self.kept, self.numbers, places, least, self.packing.bytewise)
             count = copies(first.nbytes)
             tensors = [(first.mask, first.layers, first.starts, first.marks)]
             tensors += [tuple(one.clone() for one in tensors[0]) for _ in range(count - 1)]
-            self.tiles = {runs: [sparse_tiles.SparseTiles(first.shape, first.bits, runs, *one) for one in tensors]}
-        return self.tiles[runs]
+            self.tiles = {
+                places: [sparse_tiles.SparseTiles(first.shape, first.bits, first.four, *one) for one in tensors]
+            }
+        return self.tiles[places]
 
 
 def launch_of(weight: Weight, config: tune.SparseConfig, n: int) -> SparseLaunch:
@@ -119,7 +122,7 @@ def launch_of(weight: Weight, config: tune.SparseConfig, n: int) -> SparseLaunch
     function = module.get(sparse_source(weight.packing, config.tile), 0)
     return prepare_sparse(
         function, config, bf16=weight.packing.target == "bfloat16", oc=weight.oc, ic=weight.ic, n=n,
-        factor=weight.packing.factor,
+        places=config.places, factor=weight.packing.factor,
     )  # fmt: skip
 
 
@@ -140,7 +143,7 @@ def timed(weight: Weight, config: tune.SparseConfig, x: torch.Tensor) -> tuple[f
             bias=0, residual=0, y=y.data_ptr(), partial=partial.data_ptr(), arrived=arrived.data_ptr(), early=True,
         )  # fmt: skip
 
-    laid_out = weight.laid_out(config.runs)
+    laid_out = weight.laid_out(config.places)
     torch.cuda.synchronize()  # a launch fetches weights before the kernels ahead have ended
     call(laid_out[0])
     torch.cuda.synchronize()
@@ -158,7 +161,7 @@ def cublas(weight: Weight, x: torch.Tensor) -> float:
     return graph_microseconds([lambda one=one: torch.nn.functional.linear(x, one) for one in dense])
 
 
-def decoded(weight: Weight, x: torch.Tensor, runs: int) -> float:
+def decoded(weight: Weight, x: torch.Tensor, places: int) -> float:
     """Return the microseconds of decoding slices for cuBLAS."""
 
     def call(tiles: sparse_tiles.SparseTiles) -> torch.Tensor:
@@ -166,20 +169,13 @@ def decoded(weight: Weight, x: torch.Tensor, runs: int) -> float:
         slices = decompressed.slices(*held, weight.packing, (weight.oc, weight.ic))
         return decompressed.linear(x, slices, None, weight.oc, None, 0)
 
-    return graph_microseconds([lambda one=one: call(one) for one in weight.laid_out(runs)])
+    return graph_microseconds([lambda one=one: call(one) for one in weight.laid_out(places)])
 
 
-def configs(oc: int, ic: int, tile: tune.SparseTile, chip: Chip, several: bool, n: int) -> Iterator[tune.SparseConfig]:
-    """Yield a tile's configurations, with the runs that suit it and, where asked, some others."""
-    tiles = -(-oc // tile.rows)
-    slots = chip.sms * tile.resident
-    suited = min(
-        range(1, min(9, ic // 128 + 1)),
-        key=lambda runs: -(-tiles * runs // slots) * -(-ic // 128 // runs) * (1 + 0.01 * runs) + 3 * (runs > 1),
-    )
-    for runs in sorted({suited, 1, 4} if several else {suited}):
-        for splits in sorted({1, runs} if n > tune.FEW else {runs}):
-            yield tune.config(tile, oc, runs, chip, n, splits)
+def configs(oc: int, tile: tune.SparseTile, chip: Chip, n: int) -> Iterator[tune.SparseConfig]:
+    """Yield a tile's configurations: whole tiles, and blocks dealt out to a place each multiprocessor."""
+    for places in (0, chip.sms):
+        yield tune.config(tile, oc, places, chip, n)
 
 
 def main() -> None:
@@ -218,19 +214,18 @@ def main() -> None:
     compile_many(list(sources), arch_for((9, 0)))
     print(f"{len(sources)} kernels compiled in {time.monotonic() - start:.1f} s", flush=True)
     rows, dense_times = [], {}
-    print("shape sparsity values n | tile runs ctas | us GB/s error | cuBLAS ratio (roof: bytes at 4.35 TB/s)")
+    print("shape sparsity values n | tile places ctas | us GB/s error | cuBLAS ratio (roof: bytes at 4.35 TB/s)")
     for (oc, ic), sparsity in itertools.product(shapes, sparsities):
         kept = masks(oc, ic, sparsity, options.skewed)
         for name in values:
             weight = None
             for n in tokens:
-                several = options.what == "tiles" and name == "fp6_e3m2"
                 found = [
                     config
                     for tile in filter(allowed, tiles_of(n, chip, packings[name].bits))
-                    for config in configs(oc, ic, tile, chip, several, n)
+                    for config in configs(oc, tile, chip, n)
                 ]
-                for config in sorted(found, key=lambda config: config.runs):
+                for config in sorted(found, key=lambda config: config.places):
                     if time.monotonic() > end:
                         break
                     weight = weight or Weight(kept, name, dtype)
@@ -238,12 +233,12 @@ def main() -> None:
                     if (oc, ic, n) not in dense_times:
                         dense_times[oc, ic, n] = cublas(weight, x)
                     us, error = timed(weight, config, x)
-                    nbytes = weight.laid_out(config.runs)[0].nbytes
+                    nbytes = weight.laid_out(config.places)[0].nbytes
                     reference = dense_times[oc, ic, n]
-                    problem = problem_of(weight.packing, (oc, ic), n, config.runs, nbytes)
+                    problem = problem_of(weight.packing, (oc, ic), n, config.places, nbytes)
                     predicted = 1e6 * tune.seconds(problem, config, chip)
                     print(
-                        f"{oc}x{ic} {sparsity:.0%} {name} {n} | {config.tile} {config.runs} {config.ctas} | {us:.1f} "
+                        f"{oc}x{ic} {sparsity:.0%} {name} {n} | {config.tile} {config.places} {config.ctas} | {us:.1f} "
                         f"{nbytes / us / 1e3:.0f} {error:.1e} | predicted {predicted:.1f} | "
                         f"{reference:.1f} {reference / us:.2f} (roof {nbytes / 4.35e6:.1f}, "
                         f"{8 * nbytes / oc / ic:.2f} bits)",
@@ -251,12 +246,12 @@ def main() -> None:
                     )
                     rows.append(
                         {"oc": oc, "ic": ic, "sparsity": sparsity, "values": name, "n": n, "tile": str(config.tile),
-                         "runs": config.runs, "us": us, "predicted": predicted, "cublas": reference, "bytes": nbytes,
-                         "error": error}
+                         "places": config.places, "us": us, "predicted": predicted, "cublas": reference,
+                         "bytes": nbytes, "error": error}
                     )  # fmt: skip
                 if n > tune.FEW and weight is not None and time.monotonic() < end:
-                    us = decoded(weight, x, runs := next(iter(weight.tiles)))
-                    print(f"{oc}x{ic} {sparsity:.0%} {name} {n} | decoded for cuBLAS {runs} | {us:.1f}", flush=True)
+                    us = decoded(weight, x, places := next(iter(weight.tiles)))
+                    print(f"{oc}x{ic} {sparsity:.0%} {name} {n} | for cuBLAS, {places} places | {us:.1f}", flush=True)
             del weight
             torch.cuda.empty_cache()
     if options.output:

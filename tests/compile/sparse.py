@@ -13,7 +13,7 @@ from tersor.hardware import Chip
 from tersor.kernels import sparse
 from tersor.kernels.jit import KernelSource
 from tersor.kernels.tune import sparse as tune
-from tersor.layouts.sparse_packing import SparsePacking
+from tersor.layouts.sparse_packing import FP8, SparsePacking
 
 _KINDS = (
     ("fp6_e3m2", "float16"),
@@ -44,8 +44,20 @@ def all_sources(chip: Chip) -> list[KernelSource]:
             while tile not in tune.tiles(tokens, packing.bits, chip):
                 packing = next(turns)
             found.append(sparse.sparse_source(packing, tile, next(gates)))
+    found += of_bytes(chip)
     found += [sparse.decompress_source(packing, tune.decompress_tile(chip)) for packing in packings()[::2]]
     return found + stored()
+
+
+def of_bytes(chip: Chip) -> list[KernelSource]:
+    """Return the kernels that multiply activations in e4m3: every tile once; values are alike."""
+    packing, gates = SparsePacking.of(get_scheme("fp6_e3m2"), FP8), itertools.cycle((0, 1, 2))
+    results = itertools.cycle(("float16", "bfloat16"))
+    return [
+        sparse.sparse_source(packing, tile, next(gates), next(results))
+        for tokens in tune.TOKENS
+        for tile in tune.tiles(tokens, 8, chip, bytewise=True)
+    ]
 
 
 def stored() -> list[KernelSource]:
@@ -63,5 +75,5 @@ def stored() -> list[KernelSource]:
 
 def tiles_built(chip: Chip) -> set[str]:
     """Return the tiles that kernels which multiply are built with, by name."""
-    names = {str(tile) for tokens in tune.TOKENS for tile in tune.tiles(tokens, 8, chip)}
+    names = {str(tile) for tokens in tune.TOKENS for way in (False, True) for tile in tune.tiles(tokens, 8, chip, way)}
     return {name for name in names if any(name in source.name for source in all_sources(chip))}

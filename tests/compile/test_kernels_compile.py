@@ -125,7 +125,8 @@ def test_every_tile_of_mixed_weights_is_built() -> None:
 
 def test_every_tile_of_pruned_weights_is_built() -> None:
     chip = catalogue.CHIP_OF[9, 0]
-    there = {str(tile) for tokens in tune_sparse.TOKENS for tile in tune_sparse.tiles(tokens, 8, chip)}
+    ways = ((tokens, way) for tokens in tune_sparse.TOKENS for way in (False, True))
+    there = {str(tile) for tokens, way in ways for tile in tune_sparse.tiles(tokens, 8, chip, way)}
     assert sparse.tiles_built(chip) == there
 
 

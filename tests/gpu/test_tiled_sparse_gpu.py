@@ -105,16 +105,16 @@ def test_gate_and_up_are_one_product(n: int) -> None:
 
 
 @pytest.mark.parametrize("values", ["fp8_e4m3", "int8", "plain"])
-@pytest.mark.parametrize("runs", [1, 3])
+@pytest.mark.parametrize("places", [0, 101])
 def test_slices_are_decoded_for_cublas(
-    values: str, runs: int, monkeypatch: pytest.MonkeyPatch, launched: list[str]
+    values: str, places: int, monkeypatch: pytest.MonkeyPatch, launched: list[str]
 ) -> None:
     monkeypatch.setattr(tune, "fused", lambda problem, chip: False)
     monkeypatch.setattr(tune, "_SCRATCH_BYTES", 1 << 20)
     dtype = torch.float16
     chosen = Plain("float16") if values == "plain" else get_scheme(values)
     weight, decoded = pruned.sparse(pruned.random(9000, 1001) / 32, skewed_mask(9000, 1001), chosen)
-    held = TiledSparseWeight.of(weight.to(CUDA), "float16", runs)
+    held = TiledSparseWeight.of(weight.to(CUDA), "float16", places)
     exact_weight = decoded.to(dtype).double().cuda()
     for n in (3, 700):
         x, bias = rows(n, 1001, dtype=dtype), rows(9000, dtype=dtype)
@@ -130,6 +130,21 @@ def test_slices_are_decoded_for_cublas(
     wanted = torch.ones(5, 9000, dtype=torch.float64, device="cuda") @ exact_weight
     assert x.grad is not None
     torch.testing.assert_close(x.grad.double(), wanted, rtol=2.0**-9, atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_activations_in_e4m3_are_multiplied_for_any_number_of_tokens(dtype: torch.dtype, launched: list[str]) -> None:
+    weight, decoded = pruned.sparse(pruned.random(704, 3000) / 50, skewed_mask(704, 3000), get_scheme("fp6_e3m2"))
+    held, exact_weight = ops.preferred_sparse(weight.to(CUDA), dtype, "fp8"), decoded.double().cuda()
+    for n in (1, 9, 64, 65, 300):
+        x, residual = rows(n, 3000, dtype=dtype), rows(n, 704, dtype=dtype, seed=1)
+        codes, scale = formats.Activations.E4M3.quantize(x.float())
+        wide = codes.double() * scale.double().view(-1, 1)
+        found = ops.linear(x, held, residual=residual)
+        exact = wide @ exact_weight.T + residual.double()
+        allowed = wide.abs() @ exact_weight.abs().T * 2.0**-11 + exact.abs() * torch.finfo(dtype).eps
+        assert bool(((found.double() - exact).abs() <= allowed + 1e-6).all())
+    assert any("float8_e4m3fn" in name for name in launched)
 
 
 def test_what_is_not_finite_reaches_every_output_and_no_other_token() -> None:

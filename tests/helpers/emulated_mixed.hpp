@@ -43,6 +43,7 @@ inline void widen_e4m3_four(u32 four, u32& low, u32& high) {
     low = widen_e4m3_pair(half_of(four, 0));
     high = widen_e4m3_pair(half_of(four, 1));
 }
+inline u32 arrived_at(const u32* counter) { return *counter; }
 inline u32 shift_around(u32 low, u32 high, u32 by) { return shift(low, high, by % 32); }
 inline u32 rotate(u32 word, int left) { return word << left | word >> (32 - left); }
 inline u32 repeat_signs(u32 bytes) { return (bytes >> 7 & 0x01010101u) * 0xFFu; }
@@ -80,7 +81,7 @@ constexpr u64 offset(int bytes) { return bytes >> 4; }
 enum Kind { kFloat16, kBfloat16, kE4m3, kE5m2, kInt8 };
 template <Kind kKind> struct Multiply {
     template <class Sum, int kSums> static void run(Sum (&d)[kSums], const u32* a, u64 b, int accumulate) {
-        emulated::multiply<kKind == kInt8 ? emulated::kBytes : kKind == kBfloat16>(d, a, 0, b, false, accumulate);
+        emulated::multiply<kKind == kInt8 ? emulated::kBytes : kKind == kE4m3 ? emulated::kFloats : kKind == kBfloat16>(d, a, 0, b, false, accumulate);
     }
 };
 

@@ -145,18 +145,19 @@ template <bool kBf16> float number(u16 x) {
     return all[x];
 }
 
-// A number of the 16 bits of an operand: kBytes as two int8, else as a float.
-constexpr int kBytes = 2;
+// A number of the 16 bits of an operand: kBytes as two int8, kFloats as two e4m3, else as a float.
+constexpr int kBytes = 2, kFloats = 3;
 template <int kKind> float number_of(u16 value, int part) {
     if constexpr (kKind == kBytes) return static_cast<signed char>(value >> 8 * part);
+    if constexpr (kKind == kFloats) return half_to_float(half_of(ptx::widen_e4m3_pair(value), part));
     return number<kKind == 1>(value);
 }
 
 // Issues D[64, N] (+)= A[64, 16] * B[16, N] of fp16 (kKind 0) or bf16 (1), or of pairs of int8 (kBytes), whose sums are
-// int32: A is in registers, or described where `a` is null.
+// int32, or of e4m3 (kFloats): A is in registers, or described where `a` is null.
 template <int kKind, class Sum, int kSums>
 void multiply(Sum (&sums_of)[kSums], const u32* a, u64 left, u64 right, bool turned, bool accumulate) {
-    constexpr int kParts = kKind == kBytes ? 2 : 1;
+    constexpr int kParts = kKind >= kBytes ? 2 : 1;
     u32* const d = reinterpret_cast<u32*>(sums_of);
     Group& group = groups[now / 128];
     const int lane = now % 128;

@@ -12,7 +12,7 @@ from tersor.kernels.sparse import launch_decompress, prepare_sparse
 from tersor.kernels.tune.sparse import SparseConfig
 from tersor.layouts import sparse_tiles
 from tersor.layouts.blocks import UNIT_OC
-from tersor.layouts.sparse_packing import SparsePacking
+from tersor.layouts.sparse_packing import FP8, SparsePacking
 
 NAN = float("nan")
 
@@ -38,18 +38,20 @@ class Case:
         kept: torch.Tensor,
         values: str,
         dtype: torch.dtype,
-        runs: int,
+        places: int,
         largest: float | None = None,
         smallest: float | None = None,
+        bytewise: bool = False,
     ) -> Case:
         """Make a weight of which weights are left, with codes of a format or plain numbers of `dtype`.
 
         Args:
             kept: bool [OC, IC], on any device.
-            values, dtype, runs: of values, of activations, of the layout.
+            values, dtype, places: of values, of activations, of the layout.
             largest, smallest: magnitudes that no code exceeds or falls short of.
+            bytewise: whether activations are multiplied in e4m3.
         """
-        target, device = str(dtype).removeprefix("torch."), kept.device
+        target, device = FP8 if bytewise else str(dtype).removeprefix("torch."), kept.device
         generator = torch.Generator().manual_seed(kept.shape[0])
         if values == target:
             packing = SparsePacking.of(values, target)
@@ -64,7 +66,7 @@ class Case:
                 numbers[scheme.format.decode(numbers).abs() < smallest] = 0x40
             packing = SparsePacking.holding(scheme, target, numbers)
             weight = scheme.format.decode(numbers).double()
-        tiles = sparse_tiles.pack(kept, packing.pack(numbers.to(device)), runs)
+        tiles = sparse_tiles.pack(kept, packing.pack(numbers.to(device)), places, 0, bytewise)
         scale = ((torch.rand(kept.shape[0], generator=generator) + 0.5) / 64).to(device)  # no product leaves float16
         weight = torch.where(kept, weight.to(device), 0.0) * scale.double()[:, None]
         return Case(packing, tiles, scale, weight)
@@ -82,10 +84,17 @@ class Case:
     ) -> torch.Tensor:
         """Return the product of a loaded kernel on the current stream, [n, OC]."""
         (oc, ic), device = self.tiles.shape, x.device
+        dtype, x_scale = x.dtype, None
+        if self.packing.bytewise:  # whole numbers that e4m3 has, divided by another power of two for each token
+            x_scale = 2.0 ** -(torch.arange(len(x), device=device) % 3).float()
+            codes = torch.zeros(len(x), -(-ic // 16) * 16, dtype=torch.uint8, device=device)
+            codes[:, :ic] = (x.float() / x_scale[:, None]).to(torch.float8_e4m3fn).view(torch.uint8)
+            x = codes
         launch = prepare_sparse(
-            function, config, bf16=x.dtype == torch.bfloat16, oc=oc, ic=ic, n=len(x), factor=self.packing.factor
-        )
-        y = torch.full((len(x), oc), NAN, dtype=x.dtype, device=device)
+            function, config, bf16=dtype == torch.bfloat16, oc=oc, ic=ic, n=len(x), places=self.tiles.places,
+            factor=self.packing.factor,
+        )  # fmt: skip
+        y = torch.full((len(x), oc), NAN, dtype=dtype, device=device)
         floats, counters = config.floats(oc, len(x))
         partial = torch.full((max(floats, 1),), NAN, device=device)
         arrived = torch.zeros(max(counters, 1), dtype=torch.int32, device=device)
@@ -104,6 +113,7 @@ class Case:
             partial=partial.data_ptr(),
             arrived=arrived.data_ptr(),
             early=False,
+            x_scale=0 if x_scale is None else x_scale.data_ptr(),
         )
         assert not bool(arrived.any())
         return y
@@ -118,12 +128,14 @@ class Case:
             config,
             mask=self.tiles.mask[unit].data_ptr(),
             layers=self.tiles.layers.data_ptr(),
-            starts=self.tiles.starts[unit].data_ptr(),
+            starts=self.tiles.starts.data_ptr(),
             marks=self.tiles.marks[unit].data_ptr(),
             scale=self.scale[first:].data_ptr(),
             dense=dense.data_ptr(),
+            first_row=first,
             rows=rows,
             ic=ic,
+            places=self.tiles.places,
             factor=self.packing.factor,
         )
         return dense

@@ -38,10 +38,14 @@ def test_a_dry_run_says_which_tile_multiplies_what_is_left(capsys: pytest.Captur
     command = ["bench", "linear", "8192x8192", "--sparsity", "0.5", "--n", "16,4096", "--dry-run", "--json"]
     assert run([*command, "--chip", "h200", "--format", "fp6_e3m2", "--format", "int4:g128"]) == 0
     few, many, *groups = json.loads(capsys.readouterr().out)["rows"]
-    assert few["kernel"] == "fp6_e3m2:s50" and "splits of" in few["config"] and few["from"] == "predicted"
+    assert few["kernel"] == "fp6_e3m2:s50" and "at 132 places" in few["config"] and few["from"] == "predicted"
     assert many["predicted_microseconds"] > 10 * few["predicted_microseconds"] > 0
     assert 5.0 < 8 * few["weight_bytes"] / 8192**2 < 5.4
     assert {row["config"] for row in groups} == {"decoded for cuBLAS"}
+    assert run([*command, "--chip", "h200", "--format", "fp6_e3m2", "--activations", "fp8"]) == 0
+    bytewise = json.loads(capsys.readouterr().out)["rows"]
+    assert [row["kernel"] for row in bytewise] == ["fp6_e3m2:s50:a8"] * 2
+    assert bytewise[0]["predicted_microseconds"] < few["predicted_microseconds"] and "b," in bytewise[1]["config"]
     assert run([*command, "--chip", "a100", "--format", "fp6_e3m2"]) == 0
     older = json.loads(capsys.readouterr().out)["rows"]
     assert {row["config"] for row in older} == {"decoded for cuBLAS"}
@@ -52,7 +56,14 @@ def test_a_dry_run_says_which_tile_multiplies_what_is_left(capsys: pytest.Captur
     [
         (["linear", "--sparsity", "1.5"], "expected parts from 0 to 1"),
         (["linear", "--sparsity", "half"], "--sparsity 'half'"),
-        (["linear", "--sparsity", "0.5", "--activations", "fp8"], "16-bit activations alone"),
+        (
+            ["linear", "--sparsity", "0.5", "--activations", "int8"],
+            "16-bit activations alone: int8 activations have no",
+        ),
+        (
+            ["linear", "--sparsity", "0.5", "--activations", "fp8", "--format", "int8"],
+            "16-bit activations alone: int8 has numbers that e4m3 has not",
+        ),
         (["latency", "--sparsity", "0.5", "--activations", "fp8"], "8-bit activations"),
         (["latency", "--sparsity", "2"], "expected parts from 0 to 1"),
     ],

@@ -34,14 +34,14 @@ def maps(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def check(
-    kept: torch.Tensor, values: str, dtype: torch.dtype, n: int, runs: int, folder: Path, splits: int | None = None
+    kept: torch.Tensor, values: str, dtype: torch.dtype, n: int, places: int, folder: Path, cut: bool = True
 ) -> None:
-    """Hold a product of few CTAs with short rings against float64."""
-    case = Case.of(kept, values, dtype, runs)
+    """Hold a product of few CTAs with short rings against float64; `cut`: with the places of the layout."""
+    case = Case.of(kept, values, dtype, places)
     tile = tune.tile_for(next(t for t in tune.TOKENS if n <= t or t == 128), H200, layers=64)
     tile = replace(tile, masks=4, x_slots=5 if n <= 64 else 4)
-    config = replace(tune.config(tile, len(kept), runs, H200, n, splits), gathered=False)
-    config = replace(config, ctas=min(config.ctas, 3))
+    config = tune.config(tile, len(kept), places if cut else 0, H200, n)
+    config = config if config.places else replace(config, ctas=min(config.ctas, 3))
     x, bias, residual = case.tensors(n, dtype)
     y = case.launched(Emulated(sparse_source(case.packing, tile), folder, 900), config, x, bias, residual)
     case.check(y, x, bias, residual)
@@ -59,41 +59,57 @@ def check(
     ],
 )
 def test_values_of_every_kind_are_expanded(values: str, dtype: torch.dtype, folder: Path) -> None:
-    check(random_mask(70, 360, 0.5), values, dtype, 5, 1, folder)
+    check(random_mask(70, 360, 0.5), values, dtype, 5, 0, folder)
 
 
 @pytest.mark.parametrize("limits", [(448.0, None), (None, 2.0**-5)])
 def test_floats_are_converted_where_e4m3_has_them_or_their_halves(
     limits: tuple[float | None, float | None], folder: Path
 ) -> None:
-    case = Case.of(random_mask(70, 360, 0.5), "fp8_e4m3", torch.float16, 1, *limits)
+    case = Case.of(random_mask(70, 360, 0.5), "fp8_e4m3", torch.float16, 0, *limits)
     assert case.packing.converts and case.packing.factor == (1.0 if limits[0] else 2.0)
     tile = tune.tile_for(8, H200)
     x, bias, residual = case.tensors(5, torch.float16)
     function = Emulated(sparse_source(case.packing, tile), folder, 900)
-    y = case.launched(function, tune.config(tile, 70, 1, H200), x, bias, residual)
+    y = case.launched(function, tune.config(tile, 70, 0, H200), x, bias, residual)
     case.check(y, x, bias, residual)
 
 
 @pytest.mark.parametrize("values", ["bfloat16", "int4"])
 def test_masks_of_real_skew_go_through_rings_that_turn_over(values: str, folder: Path) -> None:
-    """Sums of runs, in two items of a CTA."""
-    check(skewed_mask(256, 3072), values, torch.bfloat16, 16, 3, folder)
+    """Parts of two tiles, in four items of a CTA."""
+    check(skewed_mask(290, 3072), values, torch.bfloat16, 16, 5, folder)
 
 
 @pytest.mark.parametrize("density", [0.0, 1.0])
 def test_weights_without_zeros_and_without_anything_else_are_multiplied(density: float, folder: Path) -> None:
-    check(random_mask(192, 1536, density), "fp6_e3m2", torch.float16, 32, 1, folder)
+    check(random_mask(192, 1536, density), "fp6_e3m2", torch.float16, 32, 2, folder)
 
 
-@pytest.mark.parametrize(("n", "splits"), [(90, 2), (190, 1)])
-def test_many_tokens_are_multiplied_in_several_tiles(n: int, splits: int, folder: Path) -> None:
-    """Runs of a tile are items of their own, or follow each other in one."""
-    check(random_mask(130, 600, 0.5), "fp6_e3m2", torch.float16, n, 2, folder, splits)
+@pytest.mark.parametrize(("n", "cut"), [(90, True), (190, False), (190, True)])
+def test_many_tokens_are_multiplied_in_several_tiles(n: int, cut: bool, folder: Path) -> None:
+    """Places have blocks of tiles of few rows and few tokens, or tiles are whole, and go on where queues begin anew."""
+    check(random_mask(300, 600, 0.5), "fp6_e3m2", torch.float16, n, 3, folder, cut)
 
 
-def test_runs_that_one_item_has_are_added_up(folder: Path) -> None:
-    check(skewed_mask(256, 2296), "bfloat16", torch.bfloat16, 9, 3, folder, 1)
+def test_whole_tiles_go_on_where_queues_begin_anew(folder: Path) -> None:
+    check(skewed_mask(256, 2296), "bfloat16", torch.bfloat16, 9, 5, folder, False)
+
+
+@pytest.mark.parametrize("row_groups", [1, 4])
+def test_every_number_of_rows_has_the_blocks_of_its_place(row_groups: int, folder: Path) -> None:
+    """CTAs of a place have row tiles of their own, or one has all; whoever comes last adds, and bits are the same."""
+    case = Case.of(skewed_mask(600, 640), "fp6_e3m2", torch.float16, 7)
+    tile = tune.tile_for(8, H200, row_groups=row_groups, resident=4 // row_groups, layers=64)
+    config = tune.config(tile, 600, 7, H200)
+    assert config.place_ctas == 4 // row_groups
+    x, bias, residual = case.tensors(5, torch.float16)
+    function = Emulated(sparse_source(case.packing, tile), folder, 900)
+    found = [
+        case.launched(function, config, x, bias, residual) for _ in range(3)
+    ]  # CTAs come in another order each time
+    case.check(found[0], x, bias, residual)
+    assert all(torch.equal(one, found[0]) for one in found)
 
 
 @pytest.mark.parametrize(
@@ -103,11 +119,12 @@ def test_runs_that_one_item_has_are_added_up(folder: Path) -> None:
 def test_rows_are_decoded_for_a_product_of_somebody_else(
     values: str, dtype: torch.dtype, ic: int, folder: Path
 ) -> None:
-    case = Case.of(skewed_mask(300, ic), values, dtype, 2)
+    case = Case.of(skewed_mask(600, ic), values, dtype, 5)
     tile = replace(tune.decompress_tile(H200), masks=4)
     function = Emulated(decompress_source(case.packing, tile), folder, 900)
-    for first, rows in ((0, 128), (128, 172)):
-        config = replace(tune.config(tile, rows, 2, H200), ctas=3)
+    for first, rows, cut in ((0, 256, True), (256, 344, True), (256, 344, False)):
+        config = tune.config(tile, rows, 5 if cut else 0, H200)
+        config = config if cut else replace(config, ctas=3)
         found = case.decompressed(function, config, first, rows)
         assert torch.equal(found, case.weight[first : first + rows].float().to(dtype))
 
@@ -164,3 +181,19 @@ def test_a_stored_weight_of_any_format_is_decoded(
                 words=len(weight.values),
             )
             assert torch.equal(dense, weight.dequantize(dtype, (first, first + rows)))
+
+
+@pytest.mark.parametrize(
+    ("values", "result", "n"), [("fp6_e3m2", "float16", 5), ("int4", "bfloat16", 90), ("fp8_e4m3", "float16", 16)]
+)
+def test_values_meet_activations_in_e4m3(values: str, result: str, n: int, folder: Path) -> None:
+    """Whole tiles and cut ones: every block settles its sums, four at a time, or alone behind the last four."""
+    dtype = getattr(torch, result)
+    case = Case.of(skewed_mask(300, 1400), values, dtype, 7, largest=448.0, bytewise=True)
+    tile = tune.tile_for(next(t for t in tune.TOKENS if n <= t), H200, layers=64, bytewise=True)
+    x, bias, residual = case.tensors(n, dtype)
+    function = Emulated(sparse_source(case.packing, tile, 0, result), folder, 900)
+    for places in (0, 7):
+        config = tune.config(tile, 300, places, H200, n)
+        config = config if places else replace(config, ctas=min(config.ctas, 3))
+        case.check(case.launched(function, config, x, bias, residual), x, bias, residual)

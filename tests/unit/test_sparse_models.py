@@ -27,7 +27,7 @@ from tersor.formats import get_scheme
 from tersor.hardware import CHIPS
 from tersor.integrations.transformers.architecture import read_architecture
 from tersor.integrations.transformers.replace import multiply_with, unpack_model
-from tersor.layouts import SparseWeight
+from tersor.layouts import SparseWeight, TiledSparseWeight
 from tersor.models.kernels import Steps, kernels_of
 from tersor.models.load import described
 from tersor.models.outline import outline
@@ -119,7 +119,7 @@ def test_a_model_loads_runs_and_is_saved_as_it_was(packed: Path, source: Path, t
     with pytest.raises(UnsupportedError, match="16-bit activations alone"):
         multiply_with(model, "int8")
     tokens = torch.arange(2, 30)[None]
-    found = model(tokens).logits
+    found = model(tokens).logits.detach()
     model.save_pretrained(tmp_path / "saved")
     before, after = packed_models.tensors(packed), packed_models.tensors(tmp_path / "saved")
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
@@ -128,6 +128,29 @@ def test_a_model_loads_runs_and_is_saved_as_it_was(packed: Path, source: Path, t
     if packed.name == "bf16":
         plain = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
         torch.testing.assert_close(plain(tokens).logits, found, rtol=1e-4, atol=1e-4)
+
+
+def test_activations_in_e4m3_meet_values_that_e4m3_has(packed: Path) -> None:
+    """In transformers and in the engine alike; others are refused when the model is loaded."""
+    model: Any = AutoModelForCausalLM.from_pretrained(packed, attn_implementation="eager", dtype=torch.float32).eval()
+    if packed.name == "bf16":
+        for load in (
+            lambda: multiply_with(model, "fp8"),
+            lambda: models.load(packed, "cpu", activations="fp8"),
+        ):
+            with pytest.raises(UnsupportedError, match="alone: plain values meet activations as they come"):
+                load()
+        return
+    tokens = torch.arange(2, 30)[None]
+    exact = model(tokens).logits.detach()
+    multiply_with(model, "fp8")
+    decoder = models.load(packed, "cpu", dtype=torch.float32, activations="fp8")
+    assert isinstance(decoder.layers[0].attention.out, Product)
+    held = decoder.layers[0].attention.out.weight
+    assert isinstance(held, TiledSparseWeight) and held.packing.bytewise
+    found = model(tokens).logits.detach()
+    assert 0.0 < float((found - exact).abs().max()) < 0.3 * float(exact.abs().max())
+    assert decoders.difference(decoder, model) < 0.1 * float(exact.abs().max())
 
 
 def decoded(path: Path) -> Any:

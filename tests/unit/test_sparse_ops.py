@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from tersor import ops
 from tersor.errors import InputError, ShapeError, UnsupportedError
-from tersor.formats import Plain, Pruned, Scheme, get_scheme
+from tersor.formats import Activations, Plain, Pruned, Scheme, Sparse, get_scheme
 from tersor.layouts import SparseWeight
 from tersor.layouts.gated import interleave
 from tersor.nn import SparseLinear, bits_per_weight
@@ -127,12 +127,28 @@ def test_the_layer_keeps_its_weight_through_casts_copies_and_state_dicts() -> No
     assert torch.equal(empty.weight, another)
 
 
+def test_a_layer_multiplies_activations_in_e4m3() -> None:
+    weight, decoded = made()
+    layer, x = SparseLinear.from_packed(weight), pruned.random(5, 64, 3)
+    before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    layer.multiply_with("fp8")
+    codes, scale = Activations.E4M3.quantize(x)
+    torch.testing.assert_close(layer(x), (codes.float() * scale.view(-1, 1)) @ decoded.T)
+    after = layer.state_dict()
+    assert not layer.as_stored and all(torch.equal(after[name], before[name]) for name in before)
+    layer.multiply_with("16bit")
+    torch.testing.assert_close(layer(x), x @ decoded.T)
+    assert layer.as_stored
+
+
 def test_the_layer_refuses_what_it_cannot_be() -> None:
     layer = SparseLinear(64, 24, Pruned.of(made()[0].sparse, [0] * 24), device="meta")
     assert "sparse:fp6_e2m3:row:float16" in repr(layer)
     layer.multiply_with("16bit")
-    with pytest.raises(UnsupportedError, match="16-bit activations alone"):
+    with pytest.raises(UnsupportedError, match="16-bit activations alone: int8 activations have no kernel"):
         layer.multiply_with("int8")
+    with pytest.raises(UnsupportedError, match="alone: int8 has numbers that e4m3 has not"):
+        SparseLinear(64, 24, Pruned.of(Sparse(get_scheme("int8")), [0] * 24), device="meta").multiply_with("fp8")
     with pytest.raises(InputError):
         layer.multiply_with("int9")
     with pytest.raises(UnsupportedError, match="cannot be set"):

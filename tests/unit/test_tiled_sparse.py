@@ -16,12 +16,13 @@ from torch.nn import functional
 
 from tersor import formats, hardware, ops
 from tersor.errors import FormatError, ShapeError
-from tersor.formats import Plain, Scheme, Sparse, get_scheme
+from tersor.formats import Activations, Plain, Scheme, Sparse, get_scheme
 from tersor.hardware import CHIPS, chip_named
 from tersor.kernels import jit
 from tersor.kernels.tune import sparse as tune
 from tersor.layouts import SparseWeight, TiledSparseWeight
 from tersor.layouts.gated import interleave
+from tersor.layouts.sparse_packing import FP8
 from tersor.layouts.tiled_sparse import packing_of, tiles_reason
 from tersor.nn import SparseLinear
 from tersor.ops import Gate, current, dispatch, needed_sparse, sparse_layout, tensors, tiled_sparse
@@ -117,7 +118,7 @@ def test_tiles_of_another_weight_are_refused() -> None:
 def in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """16-bit activations find pruned weights in tiles, as on a GPU; others as they are stored."""
 
-    def preferred(weight: Any, dtype: torch.dtype) -> Any:
+    def preferred(weight: Any, dtype: torch.dtype, activations: Activations = Activations.NATIVE) -> Any:
         stored = weight.stored() if isinstance(weight, TiledSparseWeight) else weight
         if dtype not in (torch.float16, torch.bfloat16) or tiles_reason(stored.sparse, str(dtype)[6:]):
             return stored
@@ -155,7 +156,9 @@ def test_a_layer_keeps_tiles_and_shows_what_is_stored(in_tiles: None) -> None:
 
 
 def test_up_to_64_tokens_are_fused_and_more_by_what_is_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
-    problem = tune.SparseProblem(oc=8192, ic=8192, n=1, bits=8, instructions=126, runs=4, nbytes=8192 * 8192 * 5 // 8)
+    problem = tune.SparseProblem(
+        oc=8192, ic=8192, n=1, bits=8, instructions=126, places=132, nbytes=8192 * 8192 * 5 // 8
+    )
     for n in (1, 8, 9, 33, 64):
         config = tune.choose(replace(problem, n=n), H200)
         assert tune.fused(replace(problem, n=n), H200) and n <= config.tile.tokens <= max(8, 2 * n)
@@ -168,16 +171,26 @@ def test_up_to_64_tokens_are_fused_and_more_by_what_is_predicted(monkeypatch: py
     assert reason.kernel == dispatch.DECOMPRESS and chosen is None and "4096 tokens" in reason.why
     invariant = {tune.choose(replace(many, n=n, batch_invariant=True), H200).tile for n in (1, 40, 900)}
     assert len(invariant) == 1 and tune.fused(replace(many, batch_invariant=True), H200)
-    assert tune.choose(replace(many, n=900, batch_invariant=True), H200).splits == 4
+    assert tune.choose(replace(many, n=900, batch_invariant=True), H200).places == 132
 
 
-def test_slices_are_whole_units_that_fill_multiprocessors() -> None:
-    for oc, ic, runs in ((8192, 8192, 4), (49152, 12288, 1), (300, 1400, 11), (7168, 28672, 14)):
-        rows = tune.slice_rows(oc, ic, runs, H200)
-        items = runs * rows // 64
-        assert rows % 64 == 0 and (rows >= oc or items >= H200.sms - runs)
-        assert rows >= oc or items % H200.sms in (0, *range(H200.sms - runs, H200.sms))
-        assert rows * ic * 2 <= max(64 << 20, 128 * ic * (H200.sms // runs + 1))
+def test_slices_are_whole_tiles_that_fill_multiprocessors() -> None:
+    for oc, ic, places in ((8192, 8192, 132), (49152, 12288, 0), (300, 1400, 11), (7168, 28672, 132)):
+        rows, tiles = tune.slice_rows(oc, ic, places, H200), -(-oc // 256)
+        ctas = 4 * (places or tiles) * rows // (256 * tiles)
+        assert rows % 256 == 0 and (rows >= oc or ctas >= H200.sms)
+        assert rows <= 256 * tiles and rows * ic * 2 <= max(64 << 20, oc * ic * 2 // 3 + 512 * ic)
+
+
+def test_places_are_multiprocessors_or_fewer_where_there_is_little_to_do() -> None:
+    assert tune.places(28672, 7168, 8, H200) == tune.places(8192, 8192, 16, H200) == H200.sms
+    assert tune.places(256, 256, 8, H200) <= 2
+    uneven, even = (
+        tune.SparseProblem(oc=oc, ic=7168, n=16, bits=8, instructions=126, places=132, nbytes=oc * 7168 * 5 // 8)
+        for oc in (28672, 33792)
+    )
+    assert tune.choose(uneven, H200).places == 132
+    assert tune.choose(even, H200).places == 0  # 132 tiles of 256 rows are one for each multiprocessor as they are
 
 
 @pytest.mark.parametrize("values", ["fp8_e4m3", "int8"])
@@ -185,10 +198,10 @@ def test_kernels_are_named_without_any_number_of_a_weight(values: str) -> None:
     representation, shape = Sparse(get_scheme(values)), (2048, 1024)
     ahead = set(needed_sparse.of_shape(representation, shape, torch.float16, 1, 700, H200))
     weight, _ = made(*shape, values=get_scheme(values))
-    held = TiledSparseWeight.of(weight, "float16", sparse_layout.runs_of(representation, shape, torch.float16, H200))
+    held = TiledSparseWeight.of(weight, "float16", *sparse_layout.cut_of(representation, shape, torch.float16, H200))
     exact = set(needed_sparse.linear(held, torch.float16, 1, 700, H200))
     assert exact and exact <= ahead and ahead == set(needed_sparse.linear(weight, torch.float16, 1, 700, H200))
-    problem = sparse_layout.problem_of(held.packing, shape, 1, held.tiles.runs, held.tiles.nbytes)
+    problem = sparse_layout.problem_of(held.packing, shape, 1, held.tiles.places, held.tiles.nbytes)
     tiles = tune.asked(replace(problem, n=700), H200)
     assert {tune.choose(replace(problem, n=n), H200).tile for n in range(1, 701)} == tiles
     assert not list(needed_sparse.linear(held, torch.float16, 0, 8, CHIPS["NVIDIA A100"]))
@@ -209,7 +222,7 @@ def test_the_front_launches_the_kernel_and_the_one_that_decodes(
     monkeypatch.setattr(current, "stream", lambda index: 0)
     monkeypatch.setattr(tensors, "output", lambda shape, n, oc, dtype: torch.full((*shape[:-1], oc), 7.0, dtype=dtype))
     weight, decoded = made(70, 256)
-    held = TiledSparseWeight.of(weight, "float16", 1)
+    held = TiledSparseWeight.of(weight, "float16", 0)
     x, bias, residual = (
         pruned.random(9, 256, 5).half(),
         pruned.random(1, 70, 6)[0].half(),
@@ -232,6 +245,41 @@ def test_the_front_launches_the_kernel_and_the_one_that_decodes(
     many = ops.linear(x, held, bias)
     torch.testing.assert_close(many.double(), wanted - residual.double(), rtol=2**-9, atol=5e-2)
     tiled_sparse.forget()
+
+
+@pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize(("values", "dtype"), [("fp6_e3m2", torch.float16), ("int4", torch.bfloat16)])
+def test_the_front_quantises_activations_ahead_of_the_kernel(
+    values: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(jit.tensor_map, "rows", tensor_map)
+    monkeypatch.setattr(jit, "get", lambda source, device: Emulated(source, tmp_path, 900))
+    monkeypatch.setattr(hardware, "of_device", lambda index: replace(H200, sms=1))
+    monkeypatch.setattr(sparse_layout, "reason", lambda *of: "")
+    monkeypatch.setattr(current, "device", lambda: -1)
+    monkeypatch.setattr(current, "stream", lambda index: 0)
+    monkeypatch.setattr(current, "empty", lambda shape, stride, dtype: torch.empty(shape, dtype=dtype))
+    monkeypatch.setattr(tensors, "output", lambda shape, n, oc, dtype: torch.full((*shape[:-1], oc), 7.0, dtype=dtype))
+    weight, decoded = made(70, 264, values=get_scheme(values))
+    held = TiledSparseWeight.of(weight, FP8, 0)
+    x, bias = pruned.random(9, 264, 5).to(dtype), pruned.random(1, 70, 6)[0].to(dtype)
+    codes, scale = Activations.E4M3.quantize(x.float())
+    wanted = (codes.double() * scale.double().view(-1, 1)) @ decoded.double().T + bias.double()
+    tiled_sparse.forget()
+    torch.testing.assert_close(ops.linear(x, held, bias).double(), wanted, rtol=2**-8, atol=2e-3)
+    tiled_sparse.forget()
+
+
+def test_kernels_for_activations_in_e4m3_are_named_of_a_weight_that_is_described() -> None:
+    representation, shape = Sparse(get_scheme("fp6_e3m2")), (2048, 1024)
+    weight, _ = made(*shape, values=get_scheme("fp6_e3m2"))
+    described = TiledSparseWeight.described(weight.form, shape, FP8)
+    ahead = set(needed_sparse.linear(described, torch.bfloat16, 1, 700, H200))
+    held = TiledSparseWeight.of(weight, FP8, *sparse_layout.cut_of(representation, shape, torch.bfloat16, H200))
+    exact = set(needed_sparse.linear(held, torch.bfloat16, 1, 700, H200))
+    assert exact and exact <= ahead and all("float8_e4m3fnbfloat16" in one.name for one in exact if "sm90" in one.name)
+    problem = sparse_layout.problem_of(held.packing, shape, 5000, held.tiles.places, held.tiles.nbytes)
+    assert tune.fused(problem, H200) and tune.choose(problem, H200).tile.tokens <= 128
 
 
 def test_formats_that_kernels_expand_are_those_with_one_scale_a_row() -> None:

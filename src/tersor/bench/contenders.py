@@ -144,7 +144,7 @@ def label(scheme: Scheme | Blend | Thinned | Plain, activations: Activations | s
         words = "+".join(f"{label(level)}={percents}" for level, percents in levels)
         return words + ":ordered" * scheme.in_order + BYTEWISE.get(Activations.of(activations), "")
     if isinstance(scheme, Thinned):
-        return label(scheme.values) + scheme.ending
+        return label(scheme.values) + scheme.ending + BYTEWISE.get(Activations.of(activations), "")
     if isinstance(scheme, Plain):
         return scheme.name
     name = scheme.name if scheme.group_size is None or scheme.is_mx else f"{scheme.name}:g{scheme.group_size}"
@@ -199,7 +199,7 @@ def copies_of(
         UnfitError: no kernel serves the scheme, or a level of the mix.
     """
     if isinstance(scheme, Thinned):
-        return scheme.packed(oc, ic, dtype)
+        return scheme.packed(oc, ic, dtype, Activations.of(activations))
     if isinstance(scheme, Blend):
         for level in scheme.levels:
             kernel_layout(level, dtype, torch.device("cuda", torch.cuda.current_device()), activations)

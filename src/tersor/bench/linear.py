@@ -18,6 +18,7 @@ from tersor.formats import Activations, Plain, Scheme
 from tersor.hardware import Chip
 from tersor.kernels import dense, tune
 from tersor.kernels.tune import choice, mixed, sparse
+from tersor.layouts.packing import target_of
 from tersor.ops import sparse_layout
 
 KIND = "tersor bench linear"
@@ -232,7 +233,7 @@ def _choice(
 ) -> dict[str, Any]:
     nothing = {"from": "-", "predicted_microseconds": None}
     if isinstance(scheme, Thinned):
-        return _pruned_choice(shape, scheme, n, chip, nothing)
+        return _pruned_choice(shape, scheme, n, chip, Activations.of(activations), nothing)
     if isinstance(scheme, Blend):
         return _mixed_choice(shape, scheme, n, chip, Activations.of(activations), nothing)
     if not ops.kernels_for(scheme, torch.float16, chip, activations):
@@ -248,13 +249,17 @@ def _choice(
     }
 
 
-def _pruned_choice(shape: Shape, thinned: Thinned, n: int, chip: Chip, nothing: dict[str, Any]) -> dict[str, Any]:
+def _pruned_choice(
+    shape: Shape, thinned: Thinned, n: int, chip: Chip, activations: Activations, nothing: dict[str, Any]
+) -> dict[str, Any]:
     own = str(thinned.values.dtype) if isinstance(thinned.values, Plain) else "float16"
     sizes, dtype = (shape.oc, shape.ic), getattr(torch, own)
-    if sparse_layout.chip_reason(thinned.sparse, sizes, dtype, chip):
-        return {"config": "decoded for cuBLAS", **nothing}
-    packing, runs = thinned.packing(own), sparse_layout.runs_of(thinned.sparse, sizes, dtype, chip)
-    problem = sparse_layout.problem_of(packing, sizes, n, runs, thinned.packed_bytes(*sizes))
+    target = target_of(activations, dtype)
+    if target is None or sparse_layout.chip_reason(thinned.sparse, sizes, dtype, chip, activations):
+        native = activations is Activations.NATIVE
+        return {"config": "decoded for cuBLAS" if native else "decoded by blocks", **nothing}
+    packing, (places, _) = thinned.packing(target), sparse_layout.cut_of(thinned.sparse, sizes, dtype, chip)
+    problem = sparse_layout.problem_of(packing, sizes, n, places, thinned.packed_bytes(*sizes))
     reason, config = sparse_layout.decide(problem, chip)
     time = sparse.decompress_seconds(problem, chip) if config is None else sparse.seconds(problem, config, chip)
     return {

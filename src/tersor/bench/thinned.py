@@ -9,7 +9,7 @@ import torch
 from tersor import ops
 from tersor.bench import timing
 from tersor.compress import quantize_rtn
-from tersor.formats import Plain, Scheme, Sparse
+from tersor.formats import Activations, Plain, Scheme, Sparse
 from tersor.kernels.tune import sparse as tune
 from tersor.layouts import SparseWeight, TiledSparseWeight
 from tersor.layouts.sparse_packing import SparsePacking
@@ -50,13 +50,15 @@ class Thinned:
     def packed_bytes(self, oc: int, ic: int) -> int:
         """Return about the bytes of such a weight in kernel tiles, with its scales; `packed` makes the true ones."""
         bits = 8 if isinstance(self.values, Scheme) else self.values.bits
-        return round(oc * ic * tune.stored_bits(1 - self.sparsity, bits, 1) / 8) + 4 * oc
+        return round(oc * ic * tune.stored_bits(1 - self.sparsity, bits, oc, 0) / 8) + 4 * oc
 
     def packing(self, target: str) -> SparsePacking:
         """Return the packing of any values for activations of a dtype."""
         return SparsePacking.of(values_of(self.sparse), target)
 
-    def weight(self, oc: int, ic: int, dtype: torch.dtype) -> SparseWeight | TiledSparseWeight:
+    def weight(
+        self, oc: int, ic: int, dtype: torch.dtype, activations: Activations = Activations.NATIVE
+    ) -> SparseWeight | TiledSparseWeight:
         """Return a random weight [oc, ic] on the current GPU, in the layout that serves activations of a dtype."""
         plain = torch.randn(oc, ic, dtype=dtype, device="cuda") * ic**-0.5
         kept = torch.rand(oc, ic, device="cuda") >= self.sparsity
@@ -64,11 +66,13 @@ class Thinned:
             made = SparseWeight.from_encoded(quantize_rtn(plain, self.values), kept)
         else:
             made = SparseWeight.from_plain(plain, kept)
-        return ops.preferred_sparse(made, dtype)
+        return ops.preferred_sparse(made, dtype, activations)
 
-    def packed(self, oc: int, ic: int, dtype: torch.dtype) -> list[SparseWeight | TiledSparseWeight]:
+    def packed(
+        self, oc: int, ic: int, dtype: torch.dtype, activations: Activations = Activations.NATIVE
+    ) -> list[SparseWeight | TiledSparseWeight]:
         """Return copies of a random weight."""
-        first = self.weight(oc, ic, dtype)
+        first = self.weight(oc, ic, dtype, activations)
         return [first, *(_copied(first) for _ in range(timing.copies(first.nbytes) - 1))]
 
 

@@ -102,6 +102,21 @@ def thinned(names: Sequence[str], shapes: Sequence[Any], text: str) -> list[Thin
     return list(dict.fromkeys(Thinned(value, part) for value in values for part in parts))
 
 
+def check_pruned(schemes: Sequence[Any], activations: Sequence[Activations]) -> None:
+    """Hold that pruned weights among some can be multiplied with such activations.
+
+    Raises:
+        UnsupportedError: no kernel multiplies their values with them.
+    """
+    from tersor.bench.thinned import Thinned
+    from tersor.ops import check_sparse_activations
+
+    for scheme in schemes:
+        if isinstance(scheme, Thinned):
+            for one in activations:
+                check_sparse_activations(scheme.sparse, one)
+
+
 def sparsity(text: str) -> float:
     """Read which part of weights is pruned.
 

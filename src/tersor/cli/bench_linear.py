@@ -97,9 +97,8 @@ def command(
         raise InputError(f"--chain {chain!r}{did_you_mean(chosen_chain, contenders.CHAINS)}: use plain, pdl or both")
     multiplied = bench.activations(activations or ACTIVATIONS)
     wanted = known.resolve(shapes or known.DEFAULT, trust_remote_code=trust_remote_code)
-    if sparsity is not None and any(one.dtype is not None for one in multiplied):
-        raise InputError("--sparsity: pruned weights are multiplied with 16-bit activations alone")
     schemes = _schemes(format or FORMATS, wanted, in_order, sparsity)
+    bench.check_pruned(schemes, multiplied)
     kernel_dtype = bench.dtype_named(dtype or DTYPE)
     if plot is not None:
         plots.check_plot(plot)

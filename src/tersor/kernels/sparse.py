@@ -11,8 +11,10 @@ from typing import TypeAlias
 
 from tersor.formats import Sparse
 from tersor.kernels.jit import Function, KernelSource, tensor_map
-from tersor.kernels.tune.sparse import SparseConfig, SparseTile
+from tersor.kernels.tune.sparse import FEW, SparseConfig, SparseTile
+from tersor.layouts.blocks import UNIT_OC
 from tersor.layouts.packing import SCALE_TYPES
+from tersor.layouts.sparse_cuts import CUT_UNITS, PLACE_NUMBERS
 from tersor.layouts.sparse_packing import SparsePacking
 
 SparseLaunch: TypeAlias = Callable[..., None]
@@ -21,23 +23,28 @@ SparseLaunch: TypeAlias = Callable[..., None]
 _NUMBERS = {"float16": 1, "bfloat16": 2, "float32": 3}
 """Dtype of plain numbers -> NUMBER of stored.cuh."""
 _STORED_ROWS = 4
+_UNROLLED = 4
+"""Blocks that a warp multiplies one behind the other in code: of four there are 8 % fewer instructions than of one."""
+PLACE_BYTES = 4 * PLACE_NUMBERS
+"""Of what a place has ahead of the units' starts."""
 _SUFFIX = {0: "", 1: "_gated"}
 
 
 @functools.cache
-def sparse_source(packing: SparsePacking, tile: SparseTile, gate: int = 0) -> KernelSource:
+def sparse_source(packing: SparsePacking, tile: SparseTile, gate: int = 0, result: str = "") -> KernelSource:
     """Return the kernel for one packing of values and tile.
 
     Args:
-        packing: of the values, for the activations' dtype, which the result has, too.
-        tile: the compiled shape.
+        packing: of the values, for activations of some type.
+        tile: the compiled shape, for activations of as many bytes.
         gate: EPILOGUE of cuda/common/gate.cuh: how gate and up become one, or 0.
+        result: `float16` or `bfloat16` beside 8-bit activations; else it is the activations' dtype.
     """
     return KernelSource(
-        name=f"tersor_sparse_sm90_{_kind(packing)}_{tile}{_SUFFIX.get(gate, f'_gated{gate}')}",
+        name=f"tersor_sparse_sm90_{_kind(packing)}{result}_{tile}{_SUFFIX.get(gate, f'_gated{gate}')}",
         header="sparse/sm90_sparse.cuh",
-        parameters=_parameters(packing, tile, gate),
-        arguments="TPPPPPPPPPPiiiiiif",
+        parameters=_parameters(packing, tile, gate, result or packing.target),
+        arguments="TPPPPPPPPPPPPiiiiif",
     )
 
 
@@ -52,8 +59,8 @@ def decompress_source(packing: SparsePacking, tile: SparseTile) -> KernelSource:
     return KernelSource(
         name=f"tersor_decompress_sm90_{_kind(packing)}_{tile}",
         header="sparse/sm90_decompress.cuh",
-        parameters=_parameters(packing, tile, 0),
-        arguments="PPPPPPiiif",
+        parameters=_parameters(packing, tile, 0, packing.target),
+        arguments="PPPPPPiiPiif",
     )
 
 
@@ -82,24 +89,25 @@ def _kind(packing: SparsePacking) -> str:
     return f"{packing.bits}{converts}t{packing.turn}f{int(packing.finish)}_{packing.target}"
 
 
-def _parameters(packing: SparsePacking, tile: SparseTile, gate: int) -> dict[str, int | bool | str]:
+def _parameters(packing: SparsePacking, tile: SparseTile, gate: int, result: str) -> dict[str, int | bool | str]:
     return {
         **packing.macros(),
         "RING_LAYERS": tile.layers,
+        "UNROLLED": _UNROLLED if tile.tokens <= FEW else 1,
         "BITS": 1,
         "SCALE_GROUPS": 0,
         "SCALE_TYPE": 0,
         "ZERO_POINTS": False,
-        "BF16": packing.target == "bfloat16",
-        "BYTES": False,
+        "BF16": result == "bfloat16",
+        "BYTES": packing.bytewise,
         "BYTE_WEIGHT": 4,
         "PIECES": False,
         "N_TILE": tile.tokens,
         "ROW_GROUPS": tile.row_groups,
         "K_GROUPS": 1,
         "CLUSTER": 1,
-        "GATHERS": tile.gathers,
-        "GATHER_ROOM": tile.gather_room,
+        "GATHERS": 1,
+        "GATHER_ROOM": 0,
         "RESIDENT": tile.resident,
         "WEIGHT_SLOTS": tile.masks,
         "X_SLOTS": tile.x_slots,
@@ -114,22 +122,30 @@ def _parameters(packing: SparsePacking, tile: SparseTile, gate: int) -> dict[str
 
 
 def prepare_sparse(
-    function: Function, config: SparseConfig, *, bf16: bool, oc: int, ic: int, n: int, factor: float
+    function: Function,
+    config: SparseConfig,
+    *,
+    bf16: bool,
+    oc: int,
+    ic: int,
+    n: int,
+    places: int,
+    factor: float,
 ) -> SparseLaunch:
     """Return what launches the kernel on one problem: all that stays the same from call to call is settled.
 
     Args:
         function: the loaded kernel of the configuration's tile.
         config: how it runs.
-        bf16: whether activations are bfloat16.
+        bf16: whether results are bfloat16, and activations that are no bytes.
         oc, ic, n: sizes.
+        places: of the layout, whether the configuration deals blocks out to them or not.
         factor: of the packing (`SparsePacking`).
     """
     run, maps_rows = function.launch, tensor_map.rows
     grid, block, shared = (config.ctas, 1, 1), (config.tile.threads, 1, 1), config.tile.shared_bytes
-    cluster = (config.splits, 1, 1) if config.gathered else None
-    element = tensor_map.BFLOAT16 if bf16 else tensor_map.FLOAT16
-    runs, splits, share = config.runs, config.splits, config.tile.share(n)
+    element = tensor_map.BYTE if config.tile.bytewise else tensor_map.BFLOAT16 if bf16 else tensor_map.FLOAT16
+    ctas, share, ahead = config.place_ctas, config.tile.share(n), PLACE_BYTES * places
 
     def launch(
         *,
@@ -147,6 +163,7 @@ def prepare_sparse(
         partial: int,
         arrived: int,
         early: bool,
+        x_scale: int = 0,
     ) -> None:
         """Launch; what is not there has the address 0.
 
@@ -156,17 +173,18 @@ def prepare_sparse(
             scale: address of a float32 scale a row.
             x, x_stride: address of the activations, and elements from one token to the next.
             bias, residual, y: addresses, in the dtype of the activations.
-            partial, arrived: addresses of split sums (float32) and of their counters (uint32, zero).
+            partial, arrived: addresses of sums of cut tiles (float32) and of their counters (uint32, zero).
             early: whether weights may be fetched before the kernel ahead has ended: not where that one wrote them.
+            x_scale: address of a float32 scale a token of 8-bit activations.
         """
         # fmt: off
         arguments = (
             maps_rows(x, n, ic, x_stride, element, share),
-            mask, layers, starts, marks, scale, bias, residual, y, partial, arrived,
-            oc, ic, n, runs, splits, share, factor,
+            mask, layers, starts + ahead, marks, scale, x_scale, bias, residual, y, partial, arrived, starts,
+            oc, ic, n, ctas, share, factor,
         )
         # fmt: on
-        run(grid, block, shared, stream, arguments, early, cluster)
+        run(grid, block, shared, stream, arguments, early)
 
     return launch
 
@@ -182,24 +200,30 @@ def launch_decompress(
     marks: int,
     scale: int,
     dense: int,
+    first_row: int,
     rows: int,
     ic: int,
+    places: int,
     factor: float,
 ) -> None:
     """Launch the decode of rows into dense memory [rows, ic].
 
     Args:
-        function, config: the kernel, and how it runs so many rows; its splits are all runs.
+        function, config: the kernel, and how it runs so many rows.
         stream: handle of the stream.
-        mask, starts, marks, scale: addresses for the first of the rows; it is the first one of a unit.
+        mask, marks, scale: addresses for the first of the rows; it is the first one of a tile of 256.
+        starts: address of `SparseTiles.starts`, of all rows.
         layers: address of all layers.
         dense: address of the result.
-        rows: whole units, or up to the last row of the weight.
+        first_row, rows: which; whole tiles of 256, or up to the last row of the weight.
         ic: input channels.
+        places: of the layout.
         factor: of the packing.
     """
     tile = config.tile
-    arguments = (mask, layers, starts, marks, scale, dense, rows, ic, config.runs, factor)
+    own = starts + PLACE_BYTES * places + 4 * (first_row // UNIT_OC)
+    skipped = first_row // (CUT_UNITS * UNIT_OC)
+    arguments = (mask, layers, own, marks, scale, dense, rows, ic, starts, config.place_ctas, skipped, factor)
     function.launch((config.ctas, 1, 1), (tile.threads, 1, 1), tile.shared_bytes, stream, arguments)
 
 

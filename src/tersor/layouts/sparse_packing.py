@@ -10,7 +10,8 @@ is chosen so that little is left to do for the kernel once a byte permutation ha
 - where a float's bits lie across both halves, `pair ^ (pair >> turn)` under the mask of these bits gives them: a byte
   is found for every code by trying all of them.
 
-A pruned weight has the bytes of zero instead.
+A pruned weight has the bytes of zero instead. Beside activations in e4m3 a byte is an e4m3 itself, which the tensor
+cores take as it is: of integers, too, up to a magnitude of 16.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import torch
 from tersor.errors import FormatError
 from tersor.formats import Scheme
 from tersor.layouts import decode_groups
-from tersor.layouts.decode_groups import DecodeGroup, Finish
+from tersor.layouts.decode_groups import FP8, DecodeGroup, Finish
 
 _PLAIN = ("float16", "bfloat16")
 _MAGIC_HIGH = {"float16": 0x64, "bfloat16": 0x43}
@@ -40,10 +41,10 @@ class SparsePacking:
     """Values of a pruned weight in kernel tiles for one dtype of activations; `SparsePacking.of` makes it.
 
     Attributes:
-        target: dtype of the activations, `float16` or `bfloat16`.
+        target: dtype of the activations, `float16`, `bfloat16` or `float8_e4m3fn`.
         bits: what a value takes, 8 or 16.
         bytes_of: of every code, the byte that stands for it, -1 where none does; empty for 16 bits.
-        converts: whether bytes are e4m3 that are converted.
+        converts: whether bytes are e4m3, which are converted beside 16-bit activations.
         high: whether a byte is the upper half of a 16-bit float.
         others: what a pruned weight has instead of a byte, and above it what the other half of the float is.
         turn: how far a pair is shifted before it is combined with itself, or 0.
@@ -73,16 +74,18 @@ class SparsePacking:
             FormatError: no kernel expands them (`unsupported_reason`).
         """
         last = SparsePacking.of(values, target)
+        if target == FP8 and isinstance(values, Scheme):
+            return _converted(values, target)
         if isinstance(values, str) or values.format.kind != "float" or not last.turn or target != "float16":
             return (last,)
-        return (*_converted(values), last)
+        return (*_converted(values, target), last)
 
     @staticmethod
     def holding(values: Scheme | str, target: str, codes: torch.Tensor) -> SparsePacking:
         """Return the packing that is expanded soonest among those that have a byte for all of some codes, uint8.
 
         Raises:
-            FormatError: no kernel expands them (`unsupported_reason`).
+            FormatError: no kernel expands them (`unsupported_reason`), or all of these codes.
         """
         *others, last = SparsePacking.choices(values, target)
         if not others:
@@ -93,11 +96,16 @@ class SparsePacking:
     @staticmethod
     def with_bytes_for(values: Scheme | str, target: str, there: torch.Tensor) -> SparsePacking:
         """Return the same where bool [256] on the CPU says which codes there are."""
-        *others, last = SparsePacking.choices(values, target)
-        for packing in others:
+        choices = SparsePacking.choices(values, target)
+        for packing in choices if target == FP8 else choices[:-1]:
             if not bool((torch.tensor(packing.bytes_of) < 0)[there[: len(packing.bytes_of)]].any()):
                 return packing
-        return last
+        if target == FP8:
+            raise FormatError(
+                "a pruned weight has the largest number of its format and odd ones of the smallest, of which e4m3 has "
+                "no common multiple: leave activations in 16 bits"
+            )
+        return choices[-1]
 
     @staticmethod
     @functools.cache
@@ -112,6 +120,8 @@ class SparsePacking:
             raise FormatError(reason)
         if isinstance(values, str):
             return SparsePacking(target, 16, (), False, True, 0, 0, 0xFFFFFFFF, Finish.AS_IS, 0, 1.0)
+        if target == FP8:
+            return _converted(values, target)[0]
         fmt = values.format
         group = decode_groups.decode_group(fmt, target)
         if fmt.kind == "int":
@@ -132,11 +142,18 @@ class SparsePacking:
         return _packing(target, group, found, high=True, others=0, turn=turn)
 
     @property
+    def bytewise(self) -> bool:
+        """Whether activations are bytes."""
+        return self.target == FP8
+
+    @property
     def instructions(self) -> int:
         """Instructions of a warp for 1,024 weights, products and waits included: counted (docs/log/16-sparse.md)."""
         if self.bits == 16:
-            return 154
-        return 126 + (16 if self.finish is not Finish.AS_IS else 0) + (32 if self.turn else 0)
+            return 137
+        if self.bytewise:
+            return 86
+        return 104 + (16 if self.finish is not Finish.AS_IS else 0) + (32 if self.turn else 0)
 
     def macros(self) -> dict[str, int | bool | str]:
         """Return the parameters of sparse/expand.cuh, and of decode.cuh those of a code that stands for itself."""
@@ -180,29 +197,32 @@ def unsupported_reason(values: Scheme | str, target: str) -> str:
         if target not in _PLAIN:
             return f"plain values meet activations as they come, not {target}"
         return "" if values == target else f"values in {values} do not meet {target} activations"
-    if target not in decode_groups.PAIR_TARGETS:
+    if target not in (*decode_groups.PAIR_TARGETS, FP8):
         return f"values of pruned weights are not expanded for {target} activations"
     if values.group_size is not None:
         return "pruned weights with scales in groups are not expanded"
     if values.format.kind == "uint":
         return "pruned weights with zero points are not expanded"
+    if target == FP8:
+        usual = torch.tensor(_converted(values, target)[0].bytes_of) >= 0
+        few = int((~usual).sum()) <= 2 and values.format.kind == "float"  # the largest, of both signs
+        return "" if few or bool(usual.all()) else f"{values.format.name} has numbers that e4m3 has not"
     return decode_groups.unsupported_reason(values.format, target)
 
 
 @functools.cache
-def _converted(scheme: Scheme) -> tuple[SparsePacking, ...]:
+def _converted(scheme: Scheme, target: str) -> tuple[SparsePacking, ...]:
     """Return the packings in which bytes are e4m3: numbers as they are, up to a power of two, and half of them."""
     fmt = scheme.format
-    numbers = fmt.values().double() * 2.0 ** (fmt.bias - _E4M3_BIAS)
+    power = fmt.bias - _E4M3_BIAS if fmt.kind == "float" else 0
+    numbers = fmt.values().double() * 2.0**power
     found = []
     for half in (1.0, 0.5):
         stored = (numbers * half).float().to(torch.float8_e4m3fn)
         same = stored.double() == numbers * half
-        bytes_of = torch.where(same, stored.view(torch.uint8).int(), -1)
-        factor = math.ldexp(1.0, _E4M3_BIAS - fmt.bias) / half
-        found.append(
-            SparsePacking("float16", 8, tuple(bytes_of.tolist()), True, True, 0, 0, 0xFFFFFFFF, Finish.AS_IS, 0, factor)
-        )
+        bytes_of = tuple(torch.where(same, stored.view(torch.uint8).int(), -1).tolist())
+        factor = math.ldexp(1.0, -power) / half
+        found.append(SparsePacking(target, 8, bytes_of, True, True, 0, 0, 0xFFFFFFFF, Finish.AS_IS, 0, factor))
     return tuple(found)
 
 

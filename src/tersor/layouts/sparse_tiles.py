@@ -2,17 +2,19 @@
 
 A block is 64 rows by 128 channels, a unit's: four warps of 32 lanes have 64 weights each, as in `tiles`. Bit 2 r + e
 of a lane's 64 is weight e of its register r = 4 step + 2 half + i: row 8 i + g of the warp's 16, channel 16 step +
-8 half + 2 t + e, for lane 4 g + t. The values of the ones follow each other in that order in one of the unit's 128
-queues, and those of the next block behind them; in block b of a run lane l of a warp reads the warp's queue
+8 half + 2 t + e, for lane 4 g + t; beside 8-bit activations bit 4 r + e is channel 32 step + 16 half + 4 t + e.
+The values of the ones follow each other in that order in one of the unit's 128
+queues, and those of the next block behind them; in block b lane l of a warp reads the warp's queue
 (l + 5 b) % 32, which evens out rows and channels that have more weights left than others.
 
-Word j of all queues is a layer of 512 bytes. The queues of a run of blocks are as long as the longest of them: where n
+Word j of all queues is a layer of 512 bytes. The queues of a unit are as long as the longest of them: where n
 weights a lane are left with a density of d, some 2.6 sqrt((1 - d) / n) longer than their values, 4 % at 50 % and 7,000
-channels. A density that varies from block to block costs nothing.
+channels. A density that varies from block to block costs nothing. Where a weight is cut (`sparse_cuts`), queues begin
+anew in a layer of their own.
 
 A kernel keeps a ring of at least `LAG` layers. So a queue that has fewer values than others by more than that goes on
-further behind: a block's mark says how many layers of the run it reaches into, and which layers no lane reads any more
-from that block on (`_Places`).
+further behind: a block's mark says how many layers of the unit it reaches into, and which layers no lane reads any more
+from that block on (`_Places`): where queues begin anew, all that were reached before.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import torch
 
 from tersor.errors import ShapeError
 from tersor.layouts.blocks import BLOCK_IC, UNIT_OC, ic_blocks
+from tersor.layouts.sparse_cuts import PLACE_NUMBERS, Cuts
 
 LAG = 64
 """Layers between the first one that some lane reads in a block and the last one."""
@@ -33,6 +36,7 @@ _LANES = 128
 _WARP = 32
 _WEIGHTS = 64
 _STEP = 5
+_TURNED = 3
 _MOST_LAYERS = 1 << 16
 _CHUNK_WEIGHTS = 1 << 24
 """Weights laid out at a time: bounds the scratch memory to some 300 MB."""
@@ -45,16 +49,16 @@ class SparseTiles:
     Attributes:
         shape: (OC, IC).
         bits: what a value takes, 8 or 16.
-        runs: ranges of blocks of channels that begin their queues anew: what a tile's sums may be split into.
-        mask: int32 [units, blocks, 128, 2], 64 bits a lane.
+        four: whether a register has four weights, beside 8-bit activations.
+        mask: int32 [units, blocks, 128, 2], 64 bits a lane, the bits of each word turned left by `_TURNED`.
         layers: int32 [layers, 128], a word of every queue.
-        starts: int32 [units, runs], the first layer of each run.
-        marks: int32 [units, blocks], layers of the run reached, and 16 bits up those done with.
+        starts: int32 [4 places + units], what each place has (`Cuts.places`), then the first layer of each unit.
+        marks: int32 [units, blocks], layers of the unit reached, and 16 bits up those done with.
     """
 
     shape: tuple[int, int]
     bits: int
-    runs: int
+    four: bool
     mask: torch.Tensor
     layers: torch.Tensor
     starts: torch.Tensor
@@ -65,58 +69,62 @@ class SparseTiles:
         """Bytes in memory."""
         return sum(one.nbytes for one in (self.mask, self.layers, self.starts, self.marks))
 
+    @property
+    def places(self) -> int:
+        """Ranges of blocks that take equally long, each of which begins its queues anew; 0 where nothing is cut."""
+        return places_of(self.starts, self.marks)
+
     def units(self, first: int, last: int) -> SparseTiles:
-        """Return the tiles of a span of units, sharing memory with these; waits for the device."""
-        starts = self.starts[first:last]
-        begin = int(self.starts[first, 0]) if len(starts) else 0
-        end = int(self.starts[last, 0]) if last < len(self.starts) else len(self.layers)
+        """Return the tiles of a span of units, without places, sharing memory with these; waits for the device."""
+        every = self.starts[PLACE_NUMBERS * self.places :]
+        starts = every[first:last]
+        begin = int(every[first]) if len(starts) else 0
+        end = int(every[last]) if last < len(every) else len(self.layers)
         rows = min(last * UNIT_OC, self.shape[0]) - first * UNIT_OC
         return SparseTiles(
-            (rows, self.shape[1]), self.bits, self.runs, self.mask[first:last], self.layers[begin:end], starts - begin,
-            self.marks[first:last],
+            (rows, self.shape[1]), self.bits, self.four, self.mask[first:last], self.layers[begin:end],
+            starts - begin, self.marks[first:last],
         )  # fmt: skip
 
 
-def run_blocks(ic: int, runs: int) -> list[tuple[int, int]]:
-    """Return the first block of each run, and the one after its last: as kernels deal blocks out to splits."""
-    least, more = divmod(ic_blocks(ic), runs)
-    ends = [(part + 1) * least + min(part + 1, more) for part in range(runs)]
-    return list(zip([0, *ends], ends, strict=False))
+def places_of(starts: torch.Tensor, marks: torch.Tensor) -> int:
+    """Return how many places there are, by the shapes of two tensors of `SparseTiles`."""
+    return (starts.shape[0] - marks.shape[0]) // PLACE_NUMBERS
 
 
-def pack(kept: torch.Tensor, values: torch.Tensor, runs: int) -> SparseTiles:
+def pack(kept: torch.Tensor, values: torch.Tensor, places: int, least: int = 0, four: bool = False) -> SparseTiles:
     """Lay a pruned weight out.
 
     Args:
         kept: bool [OC, IC], which weights are left.
         values: uint8 or int16 [OC, IC], what stands for them in queues (`SparsePacking.pack`); others do not count.
-        runs: ranges of blocks, at most as many as there are blocks.
+        places, least: how it is cut (`Cuts.of`).
+        four: whether registers are to have four weights, beside 8-bit activations.
 
     Raises:
-        ShapeError: more runs than blocks, or a run whose queues have more words than a mark can tell.
+        ShapeError: more places than blocks, or a unit whose queues have more words than a mark can tell.
     """
     oc, ic = kept.shape
-    blocks = ic_blocks(ic)
-    if not 1 <= runs <= blocks:
-        raise ShapeError(f"{blocks} blocks of channels cannot be cut into {runs} runs")
     bits = 8 * values.element_size()
-    masks, queues, starts, marks = [], [], [], []
+    cuts = Cuts.of(kept, bits, places, least)
+    masks, queues, starts, marks = [], [], [cuts.places.reshape(-1)], []
     first = 0
     for rows in _chunks(oc, ic):
-        left, numbers = _lanes(kept[rows]), _lanes(values[rows])
+        left, numbers = _lanes(kept[rows], four), _lanes(values[rows], four)
         masks.append(_mask_words(left))
-        places = _Places.of(left.sum(-1), ic, bits, runs)
-        starts.append(places.starts + first)
-        marks.append(places.marks)
-        at = places.elements(left, bits)
-        words = torch.zeros(places.layers * LAYER_WORDS * 32 // bits, dtype=values.dtype, device=values.device)
+        units = slice(rows.start // UNIT_OC, -(-min(rows.stop, oc) // UNIT_OC))
+        found = _Places.of(left.sum(-1), bits, cuts.anew[units])
+        starts.append(found.starts + first)
+        marks.append(found.marks)
+        at = found.elements(left, bits)
+        words = torch.zeros(found.layers * LAYER_WORDS * 32 // bits, dtype=values.dtype, device=values.device)
         words[at[left]] = numbers[left]
         queues.append(words.view(torch.int32).view(-1, LAYER_WORDS))
-        first += places.layers
+        first += found.layers
     if first >= 1 << 31:
         raise ShapeError(f"a pruned weight {[oc, ic]} has {first} layers of values, more than a kernel can number")
-    joined = [torch.cat(parts) for parts in (masks, queues, starts, marks)]
-    return SparseTiles((oc, ic), bits, runs, joined[0], joined[1], joined[2].int(), joined[3])
+    joined = [torch.cat(parts) for parts in (masks, queues, marks)]
+    return SparseTiles((oc, ic), bits, four, joined[0], joined[1], torch.cat([one.int() for one in starts]), joined[2])
 
 
 def unpack(tiles: SparseTiles) -> tuple[torch.Tensor, torch.Tensor]:
@@ -127,16 +135,26 @@ def unpack(tiles: SparseTiles) -> tuple[torch.Tensor, torch.Tensor]:
     for rows in _chunks(oc, ic):
         units = -(-(min(rows.stop, oc) - rows.start) // UNIT_OC)
         left = _mask_bits(tiles.mask[unit : unit + units])
-        places = _Places.of(left.sum(-1), ic, tiles.bits, tiles.runs)
+        places = _Places.of(left.sum(-1), tiles.bits, _anew(tiles.marks[unit : unit + units]))
         words = tiles.layers[layer : layer + places.layers].reshape(-1)
         words = words.view(torch.uint8 if tiles.bits == 8 else torch.int16)
         numbers = torch.zeros(left.shape, dtype=words.dtype, device=words.device)
         numbers[left] = words[places.elements(left, tiles.bits)[left]]
-        kept.append(_rows(left, oc - rows.start, ic))
-        values.append(_rows(numbers, oc - rows.start, ic))
+        kept.append(_rows(left, oc - rows.start, ic, tiles.four))
+        values.append(_rows(numbers, oc - rows.start, ic, tiles.four))
         unit += units
         layer += places.layers
     return torch.cat(kept), torch.cat(values)
+
+
+def _anew(marks: torch.Tensor) -> torch.Tensor:
+    """Return where queues begin anew, bool [units, blocks]: where layers are done with that had just been reached.
+
+    Queues that happen to be equally long, and to fill their words, begin anew as they would go on.
+    """
+    marks = marks.long() & 0xFFFFFFFF
+    reached = torch.nn.functional.pad(marks & 0xFFFF, (1, -1))
+    return marks >> 16 == reached
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +164,7 @@ class _Places:
     Attributes:
         first: int64 [units, blocks, 128], bits ahead of a lane's first value in its queue, from the first layer on.
         queue: int64 [blocks, 128], which queue that is.
-        starts: int64 [units, runs], the first layer of a run.
+        starts: int64 [units], the first layer of each.
         marks: int32 [units, blocks].
         layers: how many there are.
     """
@@ -158,50 +176,39 @@ class _Places:
     layers: int
 
     @staticmethod
-    def of(counts: torch.Tensor, ic: int, bits: int, runs: int) -> _Places:
-        """Place so many values a lane, int64 [units, blocks, 128]."""
-        units, device = counts.shape[0], counts.device
+    def of(counts: torch.Tensor, bits: int, anew: torch.Tensor) -> _Places:
+        """Place so many values a lane, int64 [units, blocks, 128]; `anew`: where queues begin, bool [units, blocks]."""
+        (units, blocks), device = counts.shape[:2], counts.device
         lane = torch.arange(_LANES, device=device)
         warp = lane // _WARP * _WARP
-        first: list[torch.Tensor] = []
-        reached: list[torch.Tensor] = []
-        done, queues, lengths = [], [], []
-        for begin, end in run_blocks(ic, runs):
-            place = torch.zeros(units, _LANES, dtype=torch.int64, device=device)
-            for block in range(begin, end):
-                queue = warp + (lane + _STEP * (block - begin)) % _WARP
-                taken = counts[:, block] * bits
-                after = place[:, queue] + taken
-                most = (after.amax(1) + 31) // 32
-                if block > begin:
-                    most = torch.maximum(most, reached[-1])
-                least = torch.maximum(place.amin(1) // 32, most - LAG)
-                own = torch.maximum(place[:, queue], least[:, None] * 32)
-                place[:, queue] = own + taken
-                first.append(own)
-                queues.append(queue)
-                reached.append(most)
-                done.append(least)
-            lengths.append(reached[-1])
+        first, reached, done, queues = [], [], [], []
+        place = torch.zeros(units, _LANES, dtype=torch.int64, device=device)
+        most = torch.zeros(units, dtype=torch.int64, device=device)
+        for block in range(blocks):
+            queue = warp + (lane + _STEP * block) % _WARP
+            place = torch.where(anew[:, block, None], most[:, None] * 32, place)
+            taken = counts[:, block] * bits
+            most = torch.maximum(((place[:, queue] + taken).amax(1) + 31) // 32, most)
+            least = torch.maximum(place.amin(1) // 32, most - LAG)
+            own = torch.maximum(place[:, queue], least[:, None] * 32)
+            place[:, queue] = own + taken
+            first.append(own)
+            queues.append(queue)
+            reached.append(most)
+            done.append(least)
         marks = torch.stack(reached, 1)
         if units and int(marks.max()) >= _MOST_LAYERS:
-            raise ShapeError(f"a run of queues has {int(marks.max())} words, more than a mark can tell")
-        length = torch.stack(lengths, 1)
-        starts = (length.reshape(-1).cumsum(0) - length.reshape(-1)).view_as(length)
+            raise ShapeError(f"queues of a unit have {int(marks.max())} words, more than a mark can tell")
+        starts = most.cumsum(0) - most
         marks = marks | torch.stack(done, 1) << 16
         marks = torch.where(marks >= 1 << 31, marks - (1 << 32), marks).to(torch.int32)
-        return _Places(torch.stack(first, 1), torch.stack(queues), starts, marks, int(length.sum()))
+        return _Places(torch.stack(first, 1), torch.stack(queues), starts, marks, int(most.sum()))
 
     def elements(self, left: torch.Tensor, bits: int) -> torch.Tensor:
         """Return where the values of ones, bool [units, blocks, 128, 64], stand among all of so many bits, int64."""
-        blocks, runs = left.shape[1], self.starts.shape[1]
-        of_block = torch.empty(blocks, dtype=torch.int64)
-        for run, (begin, end) in enumerate(run_blocks(blocks * BLOCK_IC, runs)):
-            of_block[begin:end] = run
-        start = self.starts[:, of_block.to(left.device)]
         at = (self.first // bits)[..., None] + left.cumsum(-1) - 1
         in_word = 32 // bits
-        layer = start[:, :, None, None] + at // in_word
+        layer = self.starts[:, None, None, None] + at // in_word
         return (layer * LAYER_WORDS + self.queue[None, :, :, None]) * in_word + at % in_word
 
 
@@ -211,26 +218,29 @@ def _chunks(oc: int, ic: int) -> Iterator[slice]:
     return (slice(first, first + step) for first in range(0, oc, step))
 
 
-def _lanes(rows: torch.Tensor) -> torch.Tensor:
+def _lanes(rows: torch.Tensor, four: bool) -> torch.Tensor:
     """Return rows [R, IC] as lanes have them, [units, blocks, 128, 64], zeros behind the last row and channel."""
     padding = (0, -rows.shape[1] % BLOCK_IC, 0, -rows.shape[0] % UNIT_OC)
     padded = torch.nn.functional.pad(rows, padding)
-    # Row = 16 warp + 8 i + g, channel = 16 step + 8 half + 2 t + e.
-    axes = padded.view(-1, 4, 2, 8, padded.shape[1] // BLOCK_IC, 8, 2, 4, 2)
+    # Row = 16 warp + 8 i + g, channel = 16 step + 8 half + 2 t + e, or 32 step + 16 half + 4 t + e.
+    steps, elements = (4, 4) if four else (8, 2)
+    axes = padded.view(-1, 4, 2, 8, padded.shape[1] // BLOCK_IC, steps, 2, 4, elements)
     return axes.permute(0, 4, 1, 3, 7, 5, 6, 2, 8).reshape(axes.shape[0], -1, _LANES, _WEIGHTS)
 
 
-def _rows(lanes: torch.Tensor, oc: int, ic: int) -> torch.Tensor:
+def _rows(lanes: torch.Tensor, oc: int, ic: int, four: bool) -> torch.Tensor:
     """Undo `_lanes`."""
     units, blocks = lanes.shape[:2]
-    axes = lanes.view(units, blocks, 4, 8, 4, 8, 2, 2, 2).permute(0, 2, 7, 3, 1, 5, 6, 4, 8)
+    steps, elements = (4, 4) if four else (8, 2)
+    axes = lanes.view(units, blocks, 4, 8, 4, steps, 2, 2, elements).permute(0, 2, 7, 3, 1, 5, 6, 4, 8)
     return axes.reshape(units * UNIT_OC, blocks * BLOCK_IC)[:oc, :ic]
 
 
 def _mask_words(left: torch.Tensor) -> torch.Tensor:
-    """Return bits, bool [..., 64], as words, int32 [..., 2], the lowest bit first."""
+    """Return bits, bool [..., 64], as words, int32 [..., 2], the lowest bit first, then turned."""
     weights = torch.tensor([1 << bit for bit in range(8)], dtype=torch.uint8, device=left.device)
-    octets = (left.view(*left.shape[:-1], 8, 8) * weights).sum(-1, dtype=torch.uint8)
+    turned = left.view(*left.shape[:-1], 2, 32).roll(_TURNED, -1)
+    octets = (turned.reshape(*left.shape[:-1], 8, 8) * weights).sum(-1, dtype=torch.uint8)
     return octets.contiguous().view(torch.int32)
 
 
@@ -238,4 +248,5 @@ def _mask_bits(words: torch.Tensor) -> torch.Tensor:
     """Undo `_mask_words`."""
     octets = words.contiguous().view(torch.uint8)
     places = torch.arange(8, dtype=torch.uint8, device=words.device)
-    return ((octets[..., None] >> places) & 1).bool().flatten(-2)
+    turned = ((octets[..., None] >> places) & 1).bool().view(*words.shape, 32)
+    return turned.roll(-_TURNED, -1).flatten(-2)

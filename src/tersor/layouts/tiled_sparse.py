@@ -42,13 +42,13 @@ class TiledSparseWeight:
     stored_scale: torch.Tensor | None
 
     @staticmethod
-    def of(weight: SparseWeight, target: str, runs: int) -> TiledSparseWeight:
+    def of(weight: SparseWeight, target: str, places: int, least: int = 0) -> TiledSparseWeight:
         """Put a weight into kernel tiles, on the device that it is on.
 
         Args:
             weight: as it is stored.
             target: dtype of the activations, `float16` or `bfloat16`.
-            runs: ranges of blocks of channels (`sparse_tiles.pack`).
+            places, least: how it is cut (`sparse_cuts.Cuts.of`).
 
         Raises:
             FormatError: no kernel expands such values.
@@ -66,9 +66,16 @@ class TiledSparseWeight:
             )
             plain = packing.bits == 16
             numbers[first:last] = found if plain else packing.pack(found.masked_fill_(~kept[first:last], 0))
-        tiles = sparse_tiles.pack(kept, numbers, runs)
+        tiles = sparse_tiles.pack(kept, numbers, places, least, packing.bytewise)
         key = key_of(weight.sparse, packing)
         return TiledSparseWeight(weight.form, packing, key, tiles, row_scale(weight), weight.scale)
+
+    @staticmethod
+    def described(form: Pruned, shape: tuple[int, int], target: str) -> TiledSparseWeight:
+        """Return what says how a weight will lie of which nothing is there, with the packing that most have."""
+        packing, nothing = SparsePacking.of(values_of(form.sparse), target), torch.empty(0, device="meta")
+        tiles = SparseTiles(shape, packing.bits, packing.bytewise, nothing, nothing, nothing, nothing)
+        return TiledSparseWeight(form, packing, key_of(form.sparse, packing), tiles, nothing, None)
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -174,7 +174,7 @@ def _described(weight: Any) -> Any:
     if isinstance(weight, SparseWeight):
         return weight.sparse, weight.shape
     if isinstance(weight, TiledSparseWeight):
-        return weight.key, weight.shape, weight.tiles.runs
+        return weight.key, weight.shape, weight.tiles.places
     if isinstance(weight, MixedWeight):
         return weight.mix, tuple(_described(one) for one in weight.sets)
     return weight.shape if isinstance(weight, torch.Tensor) else (weight.scheme, tuple(weight.shape), weight.layout)

@@ -14,6 +14,7 @@ import torch
 from tersor.checkpoint.names import Form
 from tersor.formats import SCALE_DTYPES, Activations, Pruned, Scheme
 from tersor.layouts import STREAM, MixedWeight, PackedWeight, SparseWeight, TiledSparseWeight
+from tersor.layouts.packing import BYTEWISE
 from tersor.layouts.shard import Part
 from tersor.models.assemble import assemble
 from tersor.models.config import DecoderConfig
@@ -24,6 +25,7 @@ from tersor.models.reading import Reading
 from tersor.models.share import Share
 from tersor.models.stored import Packed, Stored
 from tersor.models.weights import Matrix
+from tersor.ops import check_sparse_activations
 from tersor.ops.attention_form import PAGE
 from tersor.ops.collective import Ranks
 from tersor.ops.dispatch import kernel_layout
@@ -107,8 +109,10 @@ class _Outlined(Stored):
 
     def ready(self, weight: Matrix) -> Matrix:  # type: ignore[override]
         """Return a weight in the layout that it has on a GPU."""
-        if isinstance(weight, torch.Tensor | SparseWeight | TiledSparseWeight):
-            return weight  # of a pruned one the chip says how it lies
+        if isinstance(weight, torch.Tensor | TiledSparseWeight):
+            return weight
+        if isinstance(weight, SparseWeight):
+            return self.pruned_ready(weight)
         if isinstance(weight, MixedWeight):
             sets = tuple(one for one in map(self.ready, weight.sets) if isinstance(one, PackedWeight))
             return replace(weight, sets=sets)
@@ -119,8 +123,10 @@ class _Outlined(Stored):
         return PackedWeight(weight.scheme, weight.shape, words, scale, None, layout, weight.outliers)
 
     def pruned_ready(self, weight: SparseWeight) -> SparseWeight | TiledSparseWeight:
-        """Return the weight as it is: the chip says how it lies."""
-        return weight
+        """Return the weight as it is, for the chip says how it lies, or what says that it meets activations in e4m3."""
+        if check_sparse_activations(weight.sparse, self._activations) is Activations.NATIVE:
+            return weight
+        return TiledSparseWeight.described(weight.form, weight.shape, BYTEWISE[self._activations])
 
     def each(self, make: Callable[[int], Matrix], indices: Sequence[int]) -> list[Matrix]:
         return [make(index) for index in indices]

@@ -10,7 +10,7 @@ import torch
 from tersor import ops
 from tersor.checkpoint.names import MASK, OUTLIERS, PACKED, SCALE, VALUES, ZERO_POINT, Form, level_stem
 from tersor.checkpoint.source import StoredTensor
-from tersor.errors import CheckpointError, ShapeError, UnsupportedError
+from tersor.errors import CheckpointError, ShapeError
 from tersor.formats import Activations, Assignment, Mix, Pruned, Scheme, Sparse, cut_outliers
 from tersor.layouts import MixedWeight, PackedWeight, SparseWeight, TiledSparseWeight
 from tersor.layouts.gated import interleave
@@ -85,7 +85,7 @@ class Stored:
         """Return a weight in the layout that its products are served from.
 
         Raises:
-            UnsupportedError: 8-bit activations for a pruned weight.
+            UnsupportedError: 8-bit activations for a pruned weight whose values no kernel multiplies with them.
         """
         if isinstance(weight, torch.Tensor):
             return weight
@@ -101,11 +101,9 @@ class Stored:
         """Return a pruned weight in kernel tiles, where a kernel reads them.
 
         Raises:
-            UnsupportedError: 8-bit activations.
+            UnsupportedError: 8-bit activations that no kernel multiplies such values with.
         """
-        if self._activations is not Activations.NATIVE:
-            raise UnsupportedError("pruned weights are multiplied with 16-bit activations alone: leave them so")
-        return ops.preferred_sparse(weight, self.dtype)
+        return ops.preferred_sparse(weight, self.dtype, self._activations)
 
     def product(self, module: str, biased: bool, dtype: torch.dtype | None = None) -> Product:
         """Return the product with a module's weight and bias, plain tensors in `dtype` or else in that of all."""

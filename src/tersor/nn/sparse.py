@@ -10,7 +10,6 @@ from torch import nn
 
 from tersor import ops
 from tersor.checkpoint.names import MASK, SCALE, SPARSE, VALUES, ZERO_POINT, TensorForm
-from tersor.errors import UnsupportedError
 from tersor.formats import Activations, Pruned, Sparse
 from tersor.layouts import SparseWeight, TiledSparseWeight
 from tersor.layouts.sparse_tiles import SparseTiles
@@ -50,7 +49,6 @@ class SparseLinear(Counted):
     weight_starts: torch.Tensor | None
     weight_marks: torch.Tensor | None
     weight_row_scale: torch.Tensor | None
-    activations = Activations.NATIVE
 
     def __init__(
         self,
@@ -92,6 +90,7 @@ class SparseLinear(Counted):
         self._held: SparseWeight | TiledSparseWeight | None = None
         self._tiled: TiledSparseWeight | None = None
         self._ready_for: torch.dtype | None = None
+        self.activations = Activations.NATIVE
         self.register_parameter("bias", empty_bias(out_features, self.dtype, device) if bias else None)
 
     @classmethod
@@ -156,7 +155,7 @@ class SparseLinear(Counted):
         if isinstance(held, TiledSparseWeight) and held.tiles.mask is mask and held.tiles.layers is layers:
             return held
         of, packing = tiled.tiles, tiled.packing
-        tiles = SparseTiles(self.shape, of.bits, of.runs, mask, layers, starts, marks)
+        tiles = SparseTiles(self.shape, of.bits, of.four, mask, layers, starts, marks)
         found = TiledSparseWeight(tiled.form, packing, tiled.key, tiles, scale, buffers[SCALE])
         if not torch.compiler.is_compiling():
             self._held = found
@@ -191,14 +190,15 @@ class SparseLinear(Counted):
         super().register_parameter(name, param)
 
     def multiply_with(self, activations: Activations | str) -> None:
-        """Choose what the weight is multiplied with: activations as they come.
+        """Choose what the weight is multiplied with: activations as they come, or in e4m3.
 
         Raises:
             InputError: no such activations.
-            UnsupportedError: 8-bit activations.
+            UnsupportedError: no kernel multiplies such values with them; nothing has changed.
         """
-        if Activations.check(activations) != Activations.NATIVE:
-            raise UnsupportedError("pruned weights are multiplied with 16-bit activations alone")
+        chosen = ops.check_sparse_activations(self.sparse, activations)
+        if chosen is not self.activations:
+            self.activations, self._ready_for = chosen, None
 
     def prepare(self, dtype: torch.dtype) -> None:
         """Put the weight into the layout that serves activations of a dtype on the module's device, its mask counted.
@@ -216,7 +216,7 @@ class SparseLinear(Counted):
             return
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return
-        found = ops.preferred_sparse(weight, dtype)
+        found = ops.preferred_sparse(weight, dtype, self.activations)
         if found is not weight:
             self._set_weight(found)
             self.packed_weight()
@@ -281,5 +281,5 @@ class SparseLinear(Counted):
 def _described(weight: TiledSparseWeight) -> TiledSparseWeight:
     """Return what describes a weight in tiles, without its memory."""
     tiles, nothing = weight.tiles, torch.empty(0, device="meta")
-    empty = SparseTiles(tiles.shape, tiles.bits, tiles.runs, nothing, nothing, nothing, nothing)
+    empty = SparseTiles(tiles.shape, tiles.bits, tiles.four, nothing, nothing, nothing, nothing)
     return TiledSparseWeight(weight.form, weight.packing, weight.key, empty, nothing, None)

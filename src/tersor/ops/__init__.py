@@ -32,6 +32,7 @@ from tersor.ops.routing import route
 from tersor.ops.sampling import draw, draw_with_logprobs, logprobs
 from tersor.ops.sampling_form import Allowed, Listed, Logprobs, SamplingRows
 from tersor.ops.serve_attention import obstacle as attention_obstacle
+from tersor.ops.sparse_layout import check_activations as check_sparse_activations
 from tersor.ops.sparse_layout import explain as explain_sparse
 from tersor.ops.sparse_layout import preferred as preferred_sparse
 from tersor.ops.workspace import Workspace
@@ -61,6 +62,7 @@ __all__ = [
     "attend",
     "attention_obstacle",
     "batch_invariant",
+    "check_sparse_activations",
     "decide",
     "decided_experts",
     "draw",

@@ -16,6 +16,7 @@ from tersor.kernels import sparse as kernels
 from tersor.kernels.tune import sparse as tune
 from tersor.layouts.blocks import UNIT_OC
 from tersor.layouts.sparse_packing import SparsePacking
+from tersor.layouts.sparse_tiles import places_of
 from tersor.ops import current, dequantized
 
 _SCRATCH_BYTES = 64 << 20
@@ -79,9 +80,9 @@ def slices(
     shape: tuple[int, int],
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """Yield the first row and the decoded rows, [rows, IC], of each slice; a slice overwrites the last one."""
-    (oc, ic), index, runs = shape, mask.get_device(), starts.shape[1]
+    (oc, ic), index, places = shape, mask.get_device(), places_of(starts, marks)
     chip = hardware.of_device(index)
-    tile, height = tune.decompress_tile(chip), tune.slice_rows(oc, ic, runs, chip)
+    tile, height = tune.decompress_tile(chip), tune.slice_rows(oc, ic, places, chip)
     function = jit.get(kernels.decompress_source(packing, tile), index)
     scratch = torch.empty(min(height, oc), ic, dtype=getattr(torch, packing.target), device=mask.device)
     for first in range(0, oc, height):
@@ -89,15 +90,17 @@ def slices(
         kernels.launch_decompress(
             function,
             current.stream(index),
-            tune.config(tile, rows, runs, chip),
+            tune.config(tile, rows, places, chip),
             mask=mask[unit].data_ptr(),
             layers=layers.data_ptr(),
-            starts=starts[unit].data_ptr(),
+            starts=starts.data_ptr(),
             marks=marks[unit].data_ptr(),
             scale=scale[first:].data_ptr(),
             dense=scratch.data_ptr(),
+            first_row=first,
             rows=rows,
             ic=ic,
+            places=places,
             factor=packing.factor,
         )
         yield first, scratch[:rows]

@@ -2,8 +2,9 @@
 
 On compute capability 9.0 the fused kernel multiplies, in tiles of tokens, or slices of the weight are decoded for
 cuBLAS, whichever is predicted to take less (`sparse_layout.decide`); everywhere else, and with other dtypes, blocks of
-rows are decoded by torch and multiplied in float32. A pruned weight multiplies as the zero that it is, whoever
-serves the call.
+rows are decoded by torch and multiplied in float32. A weight that lies in tiles for e4m3 has activations quantised
+to that first, wherever it is multiplied, and a fused product for any number of tokens. A pruned weight multiplies as
+the zero that it is, whoever serves the call.
 """
 
 from __future__ import annotations
@@ -12,14 +13,12 @@ from typing import Any
 
 import torch
 
-from tersor import hardware
 from tersor.errors import ShapeError
-from tersor.kernels import jit
-from tersor.kernels import sparse as kernels
+from tersor.formats import Activations
 from tersor.kernels.tune import sparse as tune
 from tersor.layouts import TiledSparseWeight, tiled_sparse
 from tersor.layouts.blocks import UNIT_OC
-from tersor.layouts.sparse_tiles import SparseTiles
+from tersor.layouts.sparse_tiles import SparseTiles, places_of
 from tersor.ops import (
     autocast,
     current,
@@ -35,6 +34,7 @@ from tersor.ops import (
     tensors,
 )
 from tersor.ops.gates import Gate
+from tersor.ops.prepared_sparse import PreparedSparse
 from tersor.ops.settled import settled
 
 _library = torch.library.Library("tersor", "FRAGMENT")
@@ -67,37 +67,6 @@ def multiply(
     return _linear()(x, *held, bias, weight.key, *weight.shape, residual, gate)
 
 
-class _Prepared:
-    """How calls of one kind of weight, dtype, device and number of tokens are served.
-
-    Attributes:
-        launch: launches the fused kernel; `None` where slices are decoded for cuBLAS.
-        floats, counters: sums and counters that its splits exchange; zero without splits.
-    """
-
-    __slots__ = ("counters", "floats", "launch")
-
-    def __init__(self, of: _Type, n: int, runs: int, nbytes: int, index: int, gate: int) -> None:
-        chip = hardware.of_device(index)
-        problem = sparse_layout.problem_of(of.packing, of.shape, n, runs, nbytes, mode.current().batch_invariant)
-        _, config = sparse_layout.decide(problem, chip)
-        config = mode.current().sparse or config
-        self.launch: kernels.SparseLaunch | None = None
-        self.floats = self.counters = 0
-        if config is None:
-            return
-        self.launch = kernels.prepare_sparse(
-            jit.get(kernels.sparse_source(of.packing, config.tile, gate), index),
-            config,
-            bf16=of.packing.target == "bfloat16",
-            oc=of.shape[0],
-            ic=of.shape[1],
-            n=n,
-            factor=of.packing.factor,
-        )
-        self.floats, self.counters = config.floats(of.shape[0], n)
-
-
 class _Type:
     """What pruned weights have in common that are multiplied in the same way."""
 
@@ -105,31 +74,35 @@ class _Type:
         self.sparse, self.packing = tiled_sparse.packing_of(key)
         self.shape = (oc, ic)
         self._reasons: dict[tuple[torch.dtype, int, int], str] = {}
-        self._prepared: dict[tuple[int, torch.dtype, int, int, int, int, int], _Prepared] = {}
+        self._prepared: dict[tuple[int, torch.dtype, int, int, int, int, int], PreparedSparse] = {}
 
     def misfit(self, dtype: torch.dtype, device: torch.device, index: int, now: int) -> str:
         """Return why no kernel serves activations of a dtype, or an empty string."""
         key = (dtype, index, now)
         found = self._reasons.get(key)
         if found is None:
-            found = sparse_layout.reason(self.sparse, self.shape, dtype, device)
-            if not found and self.packing.target != str(dtype).removeprefix("torch."):
+            way = Activations.E4M3 if self.packing.bytewise else Activations.NATIVE
+            found = sparse_layout.reason(self.sparse, self.shape, dtype, device, way)
+            if not found and not self.packing.bytewise and self.packing.target != str(dtype).removeprefix("torch."):
                 found = f"the weight lies in kernel tiles for {self.packing.target}"
             self._reasons[key] = found
         return found
 
     def prepared(
-        self, n: int, dtype: torch.dtype, index: int, gate: int, now: int, runs: int, nbytes: int
-    ) -> _Prepared:
+        self, n: int, dtype: torch.dtype, index: int, gate: int, now: int, places: int, nbytes: int
+    ) -> PreparedSparse:
         """Return the prepared call, made at its first use; compiles and loads the kernel it needs."""
         if mode.current().sparse is not None:
-            return _Prepared(self, n, runs, nbytes, index, gate)  # a measurement's is not kept
-        key = (n, dtype, index, gate, now, runs, nbytes)
+            # A measurement's is not kept.
+            return PreparedSparse(self.packing, self.shape, n, dtype, places, nbytes, index, gate)
+        key = (n, dtype, index, gate, now, places, nbytes)
         found = self._prepared.get(key)
         if found is None:
             if len(self._prepared) >= _MOST_KEPT:
                 self._prepared.clear()
-            found = self._prepared.setdefault(key, _Prepared(self, n, runs, nbytes, index, gate))
+            found = self._prepared.setdefault(
+                key, PreparedSparse(self.packing, self.shape, n, dtype, places, nbytes, index, gate)
+            )
         return found
 
     def forget(self) -> None:
@@ -180,7 +153,7 @@ def _served(
         return tensors.empty_result(x, bias, residual, gate, oc)
     index, now = x.get_device(), mode.current()
     if of.misfit(x.dtype, x.device, index, now.key):
-        tiles = SparseTiles(of.shape, of.packing.bits, starts.shape[1], mask, layers, starts, marks)
+        tiles = SparseTiles(of.shape, of.packing.bits, of.packing.bytewise, mask, layers, starts, marks)
         return _by_blocks(x, tiles, scale, bias, of, residual, gate, outputs)
     if current.device() != index:
         with torch.cuda.device(index):
@@ -193,10 +166,10 @@ def _served(
     if x.data_ptr() % 16 or stride % 8:
         x = tensors.aligned_rows(x, ic)
         stride = x.stride(0)
-    if now.batch_invariant and n > tune.FEW:  # sums of all runs of all tokens would take gigabytes
+    if now.batch_invariant and n > tune.FEW:  # sums of all places of all tokens would take gigabytes
         return _in_turns(x.reshape(n, ic), held, bias, of, residual, gate).view(*shape[:-1], outputs)
-    runs = starts.shape[1]
-    chosen = of.prepared(n, x.dtype, index, gate, now.key, runs, mask.nbytes + layers.nbytes)
+    places = places_of(starts, marks)
+    chosen = of.prepared(n, x.dtype, index, gate, now.key, places, mask.nbytes + layers.nbytes)
     residual = None if residual is None else tensors.contiguous(residual)
     bias = None if bias is None else bias.contiguous()
     if chosen.launch is None:
@@ -205,6 +178,13 @@ def _served(
         return decompressed.linear(x.reshape(-1, ic), slices, bias, oc, added, gate).view(*shape[:-1], outputs)
     y = tensors.output(shape, n, outputs, x.dtype)
     stream, partial, arrived = current.stream(index), 0, 0
+    address, x_scale = x.data_ptr(), 0
+    if chosen.quantize is not None:
+        codes = current.empty(
+            (chosen.codes_bytes,), (1,), torch.uint8
+        )  # held until the launch; then the stream's order
+        x_scale = chosen.quantize(stream=stream, x=address, x_stride=stride, codes=codes.data_ptr())
+        address, stride = codes.data_ptr(), chosen.codes_stride
     if chosen.floats:
         partial, arrived, _parts = now.workspace.split_sums(index, stream, chosen.floats, chosen.counters)
     chosen.launch(
@@ -214,8 +194,9 @@ def _served(
         starts=starts.data_ptr(),
         marks=marks.data_ptr(),
         scale=scale.data_ptr(),
-        x=x.data_ptr(),
+        x=address,
         x_stride=stride,
+        x_scale=x_scale,
         bias=0 if bias is None else bias.data_ptr(),
         residual=0 if residual is None else residual.data_ptr(),
         y=y.data_ptr(),
@@ -258,6 +239,9 @@ def _by_blocks(
     """Return the result of blocks of rows that torch decodes."""
     rows, one_by_one = tensors.rows_of(x, of.shape[1]), mode.current().batch_invariant
     wide = rows.to(torch.promote_types(x.dtype, torch.float32))
+    if of.packing.bytewise:
+        codes, token_scale = Activations.E4M3.quantize(wide.float())
+        wide = (codes.float() * token_scale.view(-1, 1)).to(wide.dtype)
 
     def product(first: int, last: int) -> torch.Tensor:
         block = tiled_sparse.decode(of.sparse, of.packing, tiles, scale, wide.dtype, (first, last))
@@ -284,7 +268,7 @@ def _serve_grad(
     if not oc or not grad.numel():
         return grad.new_zeros(*grad.shape[:-1], ic)
     rows, index = grad.reshape(-1, oc), grad.get_device()
-    if not of.misfit(grad.dtype, grad.device, index, mode.current().key):
+    if not of.packing.bytewise and not of.misfit(grad.dtype, grad.device, index, mode.current().key):
         with torch.cuda.device(index):
             found = dequantized.added_up(
                 rows, decompressed.slices(mask, layers, scale, starts, marks, of.packing, of.shape)
@@ -292,7 +276,7 @@ def _serve_grad(
         return found.view(*grad.shape[:-1], ic)
     wide = rows.to(torch.promote_types(grad.dtype, torch.float32))
     total = wide.new_zeros(len(rows), ic)
-    tiles = SparseTiles(of.shape, of.packing.bits, starts.shape[1], mask, layers, starts, marks)
+    tiles = SparseTiles(of.shape, of.packing.bits, of.packing.bytewise, mask, layers, starts, marks)
     step = max(1, reference.BLOCK_ELEMENTS.get(grad.device.type, 1 << 18) // max(ic, 1) // UNIT_OC) * UNIT_OC
     for first in range(0, oc, step):
         last = min(first + step, oc)
@@ -312,7 +296,8 @@ def _checked(
 ) -> _Type:
     """Return the type of a weight; raise ShapeError where its tensors are not those of one."""
     units, blocks = -(-oc // UNIT_OC), -(-ic // 128)
-    fits = mask.shape == (units, blocks, 128, 2) and marks.shape == (units, blocks) and starts.shape[:1] == (units,)
+    fits = mask.shape == (units, blocks, 128, 2) and marks.shape == (units, blocks)
+    fits = fits and starts.dim() == 1 and len(starts) >= units and (len(starts) - units) % 4 == 0
     if not fits or any(one.dtype != torch.int32 for one in (mask, layers, starts, marks)):
         raise ShapeError(f"linear: masks {list(mask.shape)} are not those of a pruned weight [{oc}, {ic}] in tiles")
     return _type(packing, oc, ic)

@@ -167,7 +167,7 @@ def _part_of(weight: Matrix, dtype: torch.dtype, activations: Activations) -> Pa
         return MixedPart(weight.to_layout(lambda scheme: ops.preferred_layout(scheme, dtype, device, activations)))
     if isinstance(weight, SparseWeight):
         if activations is not Activations.NATIVE:
-            raise UnsupportedError("pruned weights are multiplied with 16-bit activations alone")
+            raise UnsupportedError("in vLLM pruned weights are multiplied with 16-bit activations alone")
         ready = ops.preferred_sparse(weight, dtype)
         return SparsePart(ready) if isinstance(ready, SparseWeight) else TiledSparsePart(ready)
     assert isinstance(weight, torch.Tensor)

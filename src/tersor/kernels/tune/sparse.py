@@ -1,9 +1,9 @@
 """Which tile multiplies a pruned weight, how its sums are split, and when it is decoded for cuBLAS instead.
 
 Times are predicted from what is counted, bytes, instructions and accesses of shared memory, by a few constants that a
-measurement refits (`SparseCosts`). How a tile's channels are split is a property of the weight in memory, whose queues
-begin anew in every run (`layouts.sparse_tiles`): `runs` chooses that for the chip and the shape alone. So does `choose`
-choose a tile, whatever the density: every tile reads the same bytes.
+measurement refits (`SparseCosts`). How blocks are dealt out to places is a property of the weight in memory, whose
+queues begin anew where a place begins (`layouts.sparse_cuts`): `places` chooses how many for the chip and the shape
+alone. So does `choose` choose a tile, and whether it is cut, whatever the density: every tile reads the same bytes.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from tersor.kernels.tune.sparse_tile import (
     tiles,
 )
 from tersor.layouts.blocks import BLOCK_IC, UNIT_OC, ic_blocks
+from tersor.layouts.sparse_cuts import CUT_UNITS
 
 __all__ = [
     "COSTS",
@@ -44,7 +45,8 @@ __all__ = [
     "decompress_seconds",
     "decompress_tile",
     "fused",
-    "runs",
+    "least_bytes",
+    "places",
     "seconds",
     "slice_rows",
     "smaller",
@@ -53,15 +55,18 @@ __all__ = [
     "tiles",
 ]
 
-_MOST_RUNS = 16
+_LEAST_BLOCKS = (1, 2, 4, 8)
+"""Blocks that a place has at least: how many places there may be, but for a multiprocessor each."""
 _FLOPS_OF_CLOCK = 4096
 """Of a multiprocessor's tensor cores, on 16-bit floats."""
 _COUNTED = 1024
 """Weights of which instructions and clocks are counted: a warp's of half a block."""
 _TOKEN_STEP = 32
 _UNIT_COUNTS = UNIT_OC * BLOCK_IC // _COUNTED
-_USUAL_DENSITY, _USUAL_TOKENS, _USUAL_INSTRUCTIONS = 0.5, 16, 126
-"""What runs are chosen for."""
+_USUAL_DENSITY, _USUAL_TOKENS, _USUAL_INSTRUCTIONS, _WIDE_INSTRUCTIONS = 0.5, 16, 104, 137
+"""What places are chosen for; the last of values of 16 bits."""
+_TILE_ROWS = CUT_UNITS * UNIT_OC
+"""Rows that are cut in the same blocks."""
 _SCRATCH_BYTES = 64 << 20
 """Decoded weights held at a time for a product by cuBLAS, where that is enough for all multiprocessors."""
 
@@ -81,8 +86,9 @@ class SparseCosts:
         shared: clocks of shared memory, of values of 8 and of 16 bits; each token adds a quarter.
         tensor: part of the tensor cores' peak that wgmma reaches.
         l2: bytes of activations in a clock of a multiprocessor.
-        run: part of its bytes that a weight has more with every run.
-        exchange: seconds that a byte of the sums of several runs takes.
+        run: part of the bytes of a tile that it has more with every cut.
+        cut: seconds that parts of a cut tile take to become one.
+        exchange: seconds that a byte of their sums takes.
         cublas: part of the tensor cores' peak that cuBLAS reaches.
         decompress: part of the bandwidth that the kernel reaches which decodes for it.
     """
@@ -98,6 +104,7 @@ class SparseCosts:
     tensor: float = 0.76
     l2: float = 40.0
     run: float = 0.01
+    cut: float = 2.0e-6
     exchange: float = 5e-13
     cublas: float = 0.72
     decompress: float = 0.8
@@ -105,7 +112,7 @@ class SparseCosts:
 
 COSTS = SparseCosts()
 """Of an H200: `issue`, `latency`, `together`, `item`, `start` and `shared` of 16 bits are fitted to 132 times of 16
-tokens (bench/results/sparse_tiles_h200.json: mean error 4 %), the others counted."""
+tokens (bench/results/sparse_tiles_h200.json: mean error 4 %), the others counted; no time stands behind `cut`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,8 +123,9 @@ class SparseProblem:
         oc, ic, n: sizes; n is at least 1.
         bits: of a value in queues, 8 or 16.
         instructions: of a warp for 1,024 weights (`SparsePacking.instructions`).
-        runs: of the layout.
+        places: of the layout.
         nbytes: of the weight in memory.
+        bytewise: whether activations are bytes.
         batch_invariant: whether a row of y must not depend on how many other rows there are.
     """
 
@@ -126,8 +134,9 @@ class SparseProblem:
     n: int
     bits: int
     instructions: int
-    runs: int
+    places: int
     nbytes: int
+    bytewise: bool = False
     batch_invariant: bool = False
 
 
@@ -143,9 +152,9 @@ def candidates(problem: SparseProblem, chip: Chip) -> Iterator[SparseConfig]:
     else:
         widths = tuple(tokens for tokens in TOKENS if tokens >= FEW)
     for tokens in widths:
-        for tile in tiles(tokens, problem.bits, chip):
-            for splits in sorted({problem.runs, 1}, reverse=True):
-                yield config(tile, problem.oc, problem.runs, chip, problem.n, splits)
+        for tile in tiles(tokens, problem.bits, chip, problem.bytewise):
+            for places in sorted({problem.places, 0}, reverse=True):
+                yield config(tile, problem.oc, places, chip, problem.n)
 
 
 def choose(problem: SparseProblem, chip: Chip) -> SparseConfig:
@@ -156,8 +165,11 @@ def choose(problem: SparseProblem, chip: Chip) -> SparseConfig:
 
 
 def fused(problem: SparseProblem, chip: Chip) -> bool:
-    """Tell whether a product is predicted to take no longer in the kernel than decoded for cuBLAS."""
-    if problem.batch_invariant or problem.n <= FEW:
+    """Tell whether a product is predicted to take no longer in the kernel than decoded for cuBLAS.
+
+    Bytes are multiplied in the kernel alone.
+    """
+    if problem.batch_invariant or problem.bytewise or problem.n <= FEW:
         return True
     return seconds(problem, choose(problem, chip), chip) <= decompress_seconds(problem, chip)
 
@@ -180,14 +192,16 @@ def compute_seconds(problem: SparseProblem, config: SparseConfig, chip: Chip, co
         (problem.instructions + tile.tokens / 8) / costs.issue * together,
         costs.latency / (4 * tile.row_groups * active) * together,
         costs.shared[problem.bits == 16] + tile.tokens / 4,
-        2 * _COUNTED * tile.tokens / _FLOPS_OF_CLOCK / costs.tensor,
-        2 * BLOCK_IC * tile.tokens / counted / costs.l2,
+        2 * _COUNTED * tile.tokens / _FLOPS_OF_CLOCK / costs.tensor / (1 + problem.bytewise),
+        2 * BLOCK_IC * tile.tokens / counted / costs.l2 / (1 + problem.bytewise),
     )
     total = costs.start + _busiest(problem, config, chip) * _UNIT_COUNTS * clocks / clock(chip)
-    items = config.splits * -(-problem.oc // tile.rows) * tile.token_tiles(problem.n)
-    if config.splits > 1:
-        total += tile.part_bytes * items * costs.exchange
-    return total + costs.item * math.ceil(items / config.ctas)
+    token_tiles = tile.token_tiles(problem.n)
+    if not config.places:
+        return total + costs.item * math.ceil(-(-problem.oc // tile.rows) * token_tiles / config.ctas)
+    turns = tile.neighbours * token_tiles / config.place_ctas
+    exchanged = config.places * tile.neighbours * token_tiles * tile.part_bytes
+    return total + costs.item * max(1.0, turns) + costs.cut * turns + exchanged * costs.exchange
 
 
 def cublas_seconds(oc: int, ic: int, n: int, chip: Chip, costs: SparseCosts = COSTS) -> float:
@@ -200,31 +214,39 @@ def cublas_seconds(oc: int, ic: int, n: int, chip: Chip, costs: SparseCosts = CO
 def decompress_seconds(problem: SparseProblem, chip: Chip, costs: SparseCosts = COSTS) -> float:
     """Return the predicted time of a product that decodes a slice at a time for cuBLAS."""
     oc, ic = problem.oc, problem.ic
-    slices = -(-oc // slice_rows(oc, ic, problem.runs, chip))
+    slices = -(-oc // slice_rows(oc, ic, problem.places, chip))
     moved = problem.nbytes + 2 * oc * ic
     decoding = slices * 2 * costs.start + moved / (chip.bandwidth * costs.decompress)
     return decoding + cublas_seconds(oc, ic, problem.n, chip, costs)
 
 
-def slice_rows(oc: int, ic: int, runs: int, chip: Chip) -> int:
-    """Return the rows that are decoded at a time: whole units, whose runs fill all multiprocessors, and evenly."""
-    most = min(-(-oc // UNIT_OC), max(-(-chip.sms // runs), _SCRATCH_BYTES // (2 * ic * UNIT_OC)))
-    waves = most * runs // chip.sms
-    return UNIT_OC * (most if waves == 0 else waves * chip.sms // runs)
+def slice_rows(oc: int, ic: int, places: int, chip: Chip) -> int:
+    """Return the rows that are decoded at a time: whole tiles, of which every multiprocessor has a CTA's."""
+    tiles = -(-oc // _TILE_ROWS)
+    ctas = CUT_UNITS * (places or tiles)  # of all rows
+    least = -(-tiles * chip.sms // ctas)
+    return _TILE_ROWS * min(tiles, max(least, _SCRATCH_BYTES // (2 * ic * _TILE_ROWS), 1))
 
 
 @functools.cache
-def runs(oc: int, ic: int, bits: int, chip: Chip) -> int:
-    """Return into how many runs the channels of a weight [oc, ic] with values of so many bits are cut for a chip.
+def places(oc: int, ic: int, bits: int, chip: Chip) -> int:
+    """Return to how many places the blocks of a weight [oc, ic] with values of so many bits are dealt out on a chip.
 
-    As many as are predicted to take least for few tokens: CTAs are to be even, each run costs the exchange of a tile's
-    sums and its queues' unequal ends.
+    One a multiprocessor, or fewer where that is predicted to take less for few tokens, or none: CTAs are to be even,
+    and each place costs the exchange of a tile's sums and its queues' unequal ends.
     """
-    best, least = 1, math.inf
-    for count in range(1, min(_MOST_RUNS, ic_blocks(ic)) + 1):
-        usual = oc * ic * stored_bits(_USUAL_DENSITY, bits, count) / 8
+    blocks = -(-oc // _TILE_ROWS) * ic_blocks(ic)
+    best, least = 0, math.inf
+    for count in (0, *sorted({min(chip.sms, blocks // own) for own in _LEAST_BLOCKS} - {0})):
+        usual = oc * ic * stored_bits(_USUAL_DENSITY, bits, oc, count) / 8
         problem = SparseProblem(
-            oc=oc, ic=ic, n=_USUAL_TOKENS, bits=bits, instructions=_USUAL_INSTRUCTIONS, runs=count, nbytes=round(usual)
+            oc=oc,
+            ic=ic,
+            n=_USUAL_TOKENS,
+            bits=bits,
+            instructions=_USUAL_INSTRUCTIONS,
+            places=count,
+            nbytes=round(usual),
         )
         time = seconds(problem, choose(problem, chip), chip)
         if time < least:
@@ -232,9 +254,16 @@ def runs(oc: int, ic: int, bits: int, chip: Chip) -> int:
     return best
 
 
-def stored_bits(density: float, bits: int, runs: int) -> float:
+def least_bytes(bits: int, chip: Chip, costs: SparseCosts = COSTS) -> int:
+    """Return the bytes that memory brings a multiprocessor as it expands a unit's block of values of so many bits."""
+    instructions = _USUAL_INSTRUCTIONS if bits == 8 else _WIDE_INSTRUCTIONS
+    expanding = _UNIT_COUNTS * instructions / costs.issue / clock(chip)
+    return round(expanding * chip.bandwidth * costs.memory * costs.share / chip.sms)
+
+
+def stored_bits(density: float, bits: int, oc: int, places: int) -> float:
     """Return about the bits in memory of a weight of which such a part is left, of values of so many bits."""
-    return 1 + density * bits * (1.03 + COSTS.run * (runs - 1))
+    return 1 + density * bits * (1.03 + COSTS.run * places / -(-oc // _TILE_ROWS))
 
 
 def clock(chip: Chip) -> float:
@@ -264,6 +293,9 @@ def _units(problem: SparseProblem, config: SparseConfig) -> int:
 def _busiest(problem: SparseProblem, config: SparseConfig, chip: Chip) -> int:
     """Return how many of these the multiprocessor has that has most."""
     tile = config.tile
-    items = -(-problem.oc // tile.rows) * tile.token_tiles(problem.n) * config.splits
+    if config.places:
+        blocks = -(-(-(-problem.oc // _TILE_ROWS) * ic_blocks(problem.ic)) // config.places)
+        return -(-config.places // chip.sms) * blocks * CUT_UNITS * tile.token_tiles(problem.n)
+    items = -(-problem.oc // tile.rows) * tile.token_tiles(problem.n)
     rounds = -(-items // config.ctas)
-    return rounds * -(-config.ctas // chip.sms) * -(-ic_blocks(problem.ic) // config.splits) * tile.row_groups
+    return rounds * -(-config.ctas // chip.sms) * ic_blocks(problem.ic) * tile.row_groups

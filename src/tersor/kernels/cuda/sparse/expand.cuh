@@ -6,8 +6,10 @@
 // at a time, no two lie in one bank. Four bits of the mask choose an entry of a table in shared memory: two selectors of
 // the byte permutation that puts the next values where the bits are set, and how far they reach.
 //
-// Parameters: VALUE_BITS (8 or 16, what a value takes in a queue), VALUE_CONVERTS (1: bytes are e4m3, four of which a pair
-// of instructions makes fp16), else VALUE_HIGH (1: a byte is the upper half of a 16-bit float, 0: it is the lower one),
+// Beside 8-bit activations a register holds four bytes, weights 4 i to 4 i + 3, which one selector puts there.
+//
+// Parameters: VALUE_BITS (8 or 16, what a value takes in a queue), VALUE_CONVERTS (1: bytes are e4m3, four of which are a
+// register of an operand with BYTES, else a pair of instructions makes them fp16), else VALUE_HIGH (1: a byte is the upper half of a 16-bit float, 0: it is the lower one),
 // VALUE_OTHERS (bytes that a pruned weight has instead: its own and the other half of the
 // float), VALUE_TURN and VALUE_FINISH (`finish`), those of decode.cuh.
 // tersor/layouts/sparse_packing.py says what bytes stand for a code.
@@ -21,6 +23,8 @@ namespace expand {
 
 constexpr int kValueBits = VALUE_BITS;
 constexpr bool kConverts = VALUE_CONVERTS;
+constexpr bool kWhole = BYTES;                           // bytes are what the tensor cores take
+constexpr int kRegisters = kWhole ? 8 : 16;              // of 32 weights
 constexpr int kLayerBytes = 512;                         // a word of each of the 128 queues of a unit
 constexpr int kRingLayers = RING_LAYERS;                 // of a unit in shared memory, a power of two
 constexpr int kMirrored = 2;                             // layers that stand behind the ring's end once more
@@ -29,6 +33,7 @@ constexpr u32 kRingMask = (kRingLayers - 1) * 32;          // of a place: the la
 constexpr int kEntries = 16, kTableBytes = kEntries * 8;
 
 static_assert(kValueBits == 8 || kValueBits == 16, "values are bytes or 16-bit floats");
+static_assert(!kWhole || kConverts, "bytes that the tensor cores take are e4m3");
 static_assert((kRingLayers & (kRingLayers - 1)) == 0, "a place in the ring is a mask away");
 
 // Selectors of two weights, the first of which takes value `rank` of a window. A pruned weight takes what VALUE_OTHERS
@@ -71,12 +76,13 @@ struct Entry {
     u32 first, second;
 };
 
-// Where the entries of four bits each of a mask stand in the table: those of every second four in one word.
+// Where the entries of four bits each of a mask stand in the table: those of every second four in one word. A mask lies in
+// memory turned left by three bits, so that four of its bits count entries of eight bytes.
 struct Places {
     u32 even, odd;
 
     __device__ __forceinline__ explicit Places(u32 mask)
-        : even(mask << 3 & 0x78787878u), odd(mask >> 1 & 0x78787878u) {}
+        : even(mask & 0x78787878u), odd(ptx::shift_around(mask, mask, 4) & 0x78787878u) {}
     // Of bits 4 i to 4 i + 3.
     __device__ __forceinline__ u32 of(int i) const { return ptx::permute(i % 2 ? odd : even, 0, 0x4440 + i / 2); }
 };
@@ -93,7 +99,7 @@ __device__ __forceinline__ u32 turn(u32 pair) {
     return (pair ^ (pair >> VALUE_TURN)) & decode::kMask;
 }
 
-// Fills pairs[16] with the bits of 32 weights and moves `place` behind their values. `ring`: the queues of a unit;
+// Fills pairs[kRegisters] with the bits of 32 weights and moves `place` behind their values. `ring`: the queues of a unit;
 // `column`: where this lane's words begin there. `step`: 16, bytes of a layer for each bit of a word,
 // in a register, so that ptxas multiplies, which leaves the unit that shifts and permutes to others.
 __device__ __forceinline__ void expand(
@@ -114,7 +120,10 @@ __device__ __forceinline__ void expand(
             const Entry b = look_up(table, places, four + 1);
             const u32 first = kConverts ? a.second : a.first >> 16, second = kConverts ? b.second : b.first >> 16;
             const u32 next = ptx::shift(low, high, first);
-            if constexpr (kConverts) {
+            if constexpr (kWhole) {
+                pairs[four] = ptx::permute(low, 0, a.first);
+                pairs[four + 1] = ptx::permute(next, 0, b.first);
+            } else if constexpr (kConverts) {
                 ptx::widen_e4m3_four(ptx::permute(low, 0, a.first), own[0], own[1]);
                 ptx::widen_e4m3_four(ptx::permute(next, 0, b.first), own[2], own[3]);
             } else {
@@ -131,7 +140,7 @@ __device__ __forceinline__ void expand(
         }
     }
 #pragma unroll
-    for (int i = 0; i < 16; ++i) pairs[i] = turn(pairs[i]);
+    for (int i = 0; i < kRegisters; ++i) pairs[i] = turn(pairs[i]);
 }
 
 // What turns the bits of a pair into numbers: those of `decode::Finish`, and of integers under the mantissa of a power of

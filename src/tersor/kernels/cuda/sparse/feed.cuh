@@ -1,9 +1,9 @@
 // The warp that keeps the masks and values of a sparse weight coming: sm90_sparse.cuh multiplies them.
 //
 // A block of 64 rows by 128 channels, a unit's, has a mask of 1024 bytes, and layers of values (expand.cuh). The queues of
-// a run of blocks of one unit are stored as whole layers, so many as the longest queue has words. A block's mark says
-// how many layers its queues, and those of the blocks of the run before it, reach into, and which layers none of them
-// reads any more. So values need no slots: the warp copies layers until the ring of the unit is full of such as may
+// a unit are stored as whole layers, so many as the longest queue has words. A block's mark says how many layers its
+// queues, and those of the blocks before it, reach into, and which layers none of them reads any more: all, where queues
+// begin anew. So values need no slots: the warp copies layers until the ring of the unit is full of such as may
 // still be read, and a block's copies, its mask's and its layers', complete one barrier. What a block's mark says of the
 // ring is left beside its slot.
 #pragma once
@@ -11,15 +11,14 @@
 #include "common/ptx.cuh"
 #include "dense/sm90_pipeline.cuh"
 #include "sparse/expand.cuh"
+#include "sparse/work.cuh"
 
 namespace sparse {
 
-using linear::Item;
-using linear::kRowGroups;
 using linear::WeightRing;
 
 // Lanes of a warp read each other's queues in turn, so that none is longer than others where rows or channels have more
-// weights left: lane l reads queue (l + kStep b) % 32 in block b of a run.
+// weights left: lane l reads queue (l + kStep b) % 32 in block b.
 constexpr int kStep = 5;
 
 constexpr int kMaskBytes = tile::kUnitBytes;  // of a unit's block
@@ -35,7 +34,7 @@ constexpr int kExpandRegisters = kLeftRegisters > 240 ? 240 : kLeftRegisters;
 struct Stored {
     const char* mask;    // [units][blocks] of kMaskBytes
     const char* layers;  // of kLayerBytes
-    const u32* starts;   // [units][runs], the first layer of each run
+    const u32* starts;   // [units], the first layer of each
     const u32* marks;    // [units][blocks]: layers reached, and above them, 16 bits up, layers done with
 };
 
@@ -44,27 +43,12 @@ __device__ __forceinline__ int unit_of(const Item& item, int group, int oc) {
     return min(item.first_row / tile::kUnitRows + group, (oc + tile::kUnitRows - 1) / tile::kUnitRows - 1);
 }
 
-// Calls run(number, first block, block behind the last) for the runs of an item, which are dealt out as blocks are to
-// splits (`Item::take`): one where a tile is split into its runs, else all of them.
-template <typename Run>
-__device__ __forceinline__ void for_runs(const Item& item, int runs, const Run& run) {
-    const bool split = item.parts > 1 || runs == 1;
-    const int blocks = item.last_block, least = blocks / runs, more = blocks % runs;
-#pragma unroll 1
-    for (int i = split ? item.part : 0; i < (split ? item.part + 1 : runs); ++i) {
-        const int first = i * least + min(i, more);
-        run(i, split ? item.first_block : first, split ? item.last_block : first + least + (i < more));
-    }
-}
+// The queue that a lane reads in a block.
+__device__ __forceinline__ u32 queue_of(int block) { return (threadIdx.x + kStep * block) % 32; }
 
-// Where a lane goes on in its queue when a block comes: `mark` is what the copying warp left beside the block's slot, the
-// place behind the layers done with, and 1 where queues begin anew.
-__device__ __forceinline__ void enter_block(u32 mark, u32& place, u32& queue) {
-    const bool begins = mark & 1;
-    const u32 least = mark & ~31u;
-    if (begins || static_cast<int>(least - place) > 0) place = least;
-    if (begins) queue = threadIdx.x % 32;
-}
+// Where a lane goes on in its queue when a block comes: `least` is what the copying warp left beside the block's slot, the
+// place behind the layers done with. Places count up from the first item of a CTA to its last: 2^27 layers are 64 GB.
+__device__ __forceinline__ void enter_block(u32 least, u32& place) { place = max(place, least); }
 
 // The marks of 32 blocks, one a lane.
 __device__ __forceinline__ u32 fetch_marks(const u32* marks, int left) {
@@ -95,9 +79,8 @@ __device__ __forceinline__ void copy_layers(
     copy(kRingLayers + (from_start ? at : 0), from_start ? 0 : before, again);
 }
 
-template <typename Work>
 __device__ __forceinline__ void copy_weights(
-    const WeightRing& ring, const Work& work, const Stored& stored, u32 values, u32* slot_marks, int runs) {
+    const WeightRing& ring, const Work& work, const Stored& stored, u32 values, u32* slot_marks) {
     using namespace expand;
     const int lane = threadIdx.x % 32, units = (work.oc + tile::kUnitRows - 1) / tile::kUnitRows;
     const u64 policy = ptx::evict_first_policy();
@@ -105,26 +88,29 @@ __device__ __forceinline__ void copy_weights(
     u32 under_way = 0;                 // blocks whose slots nobody has given back
     u32 next[kRowGroups] = {};         // the layer that is copied next, of all that this CTA has had
     u32 done[kRowGroups] = {};         // of the block in slot `lane`: layers that nobody reads any more
-    const auto copy_run = [&](const Item& item, int run, int first_block, int last_block) {
-        u32 ahead[kRowGroups] = {}, base[kRowGroups], first[kRowGroups];
-#pragma unroll
-        for (int group = 0; group < kRowGroups; ++group) {
-            base[group] = next[group];
-            first[group] = stored.starts[unit_of(item, group, work.oc) * runs + run] - base[group];
-        }
-        const int unit = item.first_row / tile::kUnitRows;
-#pragma unroll 1
-        for (int block = first_block; block < last_block; ++block, at.advance()) {
-            const int index = (block - first_block) % 32;
-            u32 marks[kRowGroups];
+    for_items_of_warp(work, [&](const Item& item) {
+        u32 ahead[kRowGroups], base[kRowGroups], first[kRowGroups];
+        const int unit = item.first_row / tile::kUnitRows, own_units = units - unit;
+        const auto look_ahead = [&](int block) {
 #pragma unroll
             for (int group = 0; group < kRowGroups; ++group) {
-                if (index == 0) {
-                    const long long own = unit_of(item, group, work.oc);
-                    ahead[group] = fetch_marks(stored.marks + own * work.blocks() + block, last_block - block);
-                }
-                marks[group] = __shfl_sync(~0u, ahead[group], index);
+                const u32 own = min(unit + group, units - 1) * work.blocks() + block;
+                ahead[group] = fetch_marks(stored.marks + own, item.last_block - block);
             }
+        };
+        look_ahead(item.first_block);
+#pragma unroll
+        for (int group = 0; group < kRowGroups; ++group) {
+            base[group] = next[group] - (__shfl_sync(~0u, ahead[group], 0) >> 16);
+            first[group] = stored.starts[min(unit + group, units - 1)] - base[group];
+        }
+#pragma unroll 1
+        for (int block = item.first_block; block < item.last_block; ++block, at.advance()) {
+            const int index = (block - item.first_block) % 32;
+            u32 marks[kRowGroups];
+            if (index == 0 && block > item.first_block) look_ahead(block);
+#pragma unroll
+            for (int group = 0; group < kRowGroups; ++group) marks[group] = __shfl_sync(~0u, ahead[group], index);
             for (;;) {
                 bool full = under_way == linear::kWeightSlots;
 #pragma unroll
@@ -147,23 +133,22 @@ __device__ __forceinline__ void copy_weights(
                 u32 bytes = 0;
 #pragma unroll
                 for (int group = 0; group < kRowGroups; ++group) {
-                    const u32 place = (base[group] + (marks[group] >> 16)) * 32;
-                    slot_marks[at.slot * kRowGroups + group] = place | (block == first_block);
+                    slot_marks[at.slot * kRowGroups + group] = (base[group] + (marks[group] >> 16)) * 32;
                     const u32 count = base[group] + (marks[group] & 0xFFFF) - next[group];
                     const u32 layers = count + mirrored(next[group], count);
-                    if (unit + group < units) bytes += kMaskBytes + layers * kLayerBytes;
+                    if (group < own_units) bytes += kMaskBytes + layers * kLayerBytes;
                 }
                 ptx::barrier_expect(ring.filled(at), bytes);
 #pragma unroll
                 for (int group = 0; group < kRowGroups; ++group) {
-                    if (unit + group >= units) continue;
-                    const long long mask = static_cast<long long>(unit + group) * work.blocks() + block;
+                    if (group >= own_units) continue;
+                    const u32 mask = (unit + group) * work.blocks() + block;
                     ptx::bulk_copy_once(
-                        ring.address(at) + group * kMaskBytes, stored.mask + mask * kMaskBytes, kMaskBytes,
-                        ring.filled(at), policy);
+                        ring.address(at) + group * kMaskBytes, stored.mask + static_cast<u64>(mask) * kMaskBytes,
+                        kMaskBytes, ring.filled(at), policy);
                     copy_layers(
                         values + group * kRingBytes, next[group], base[group] + (marks[group] & 0xFFFF) - next[group],
-                        stored.layers + static_cast<long long>(first[group] + next[group]) * kLayerBytes,
+                        stored.layers + static_cast<u64>(first[group] + next[group]) * kLayerBytes,
                         ring.filled(at), policy);
                 }
             }
@@ -171,9 +156,6 @@ __device__ __forceinline__ void copy_weights(
 #pragma unroll
             for (int group = 0; group < kRowGroups; ++group) next[group] = base[group] + (marks[group] & 0xFFFF);
         }
-    };
-    linear::for_items(work, 0, [&](const Item& item) {
-        for_runs(item, runs, [&](int run, int first, int last) { copy_run(item, run, first, last); });
     });
 }
 

@@ -33,4 +33,11 @@ __device__ __forceinline__ void widen_e4m3_four(u32 four, u32& low, u32& high) {
         : "r"(four));
 }
 
+// What other CTAs have counted up to by `arrive`; what they wrote ahead of that is there for whoever reads it after this.
+__device__ __forceinline__ u32 arrived_at(const u32* counter) {
+    u32 count;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(count) : "l"(counter) : "memory");
+    return count;
+}
+
 }  // namespace ptx

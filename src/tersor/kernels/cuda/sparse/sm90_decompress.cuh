@@ -1,8 +1,8 @@
 // Kernel tiles of a pruned weight to a dense 16-bit matrix [rows, IC], with zeros for what is pruned, for a product by
 // cuBLAS on sm_90a: scales, one a row, are applied and the weight is rounded once.
 //
-// A CTA takes items as in sm90_sparse.cuh, runs of tiles of ROW_GROUPS x 64 rows, and its first warp keeps masks and
-// values coming in the same way (feed.cuh). What the other warps expand, 16 rows by 64 channels at a time, they turn in
+// A CTA takes items as in sm90_sparse.cuh, tiles of ROW_GROUPS x 64 rows or its place's blocks of them, and its first warp
+// keeps masks and values coming in the same way (feed.cuh). What the other warps expand, 16 rows by 64 channels at a time, they turn in
 // shared memory, so that every store writes 16 bytes and a warp's fill whole lines.
 //
 // Parameters: those of sm90_sparse.cuh, with one slot of activations, that nobody fills.
@@ -14,9 +14,9 @@
 #include "common/scales.cuh"
 #include "common/tile.cuh"
 #include "dense/sm90_pipeline.cuh"
-#include "dense/sm90_work.cuh"
 #include "sparse/expand.cuh"
 #include "sparse/feed.cuh"
+#include "sparse/work.cuh"
 
 namespace sparse {
 
@@ -53,11 +53,11 @@ __device__ __forceinline__ void write_blocks(
     const u32 own_mask = kWeightsAt + row_group * kMaskBytes + warp * 256 + lane * 8;
     const u32 first_column = row_group * expand::kRingBytes + warp * 128, step = ptx::kept(16 + (item.last_block >> 31));
     const int first_row = item.first_row + row_group * tile::kUnitRows + warp * tile::kRows;
-    u32 place = 0, queue = lane;
+    u32 place = 0, queue = queue_of(item.first_block);
     WeightRing::Place at(use);
     for (int block = item.first_block; block < item.last_block; ++block) {
         masks.wait_filled(at);
-        enter_block(slot_marks[at.slot * kRowGroups + row_group], place, queue);
+        enter_block(slot_marks[at.slot * kRowGroups + row_group], place);
         const u32 column = first_column + queue * 4;
         const uint2 mask = *reinterpret_cast<const uint2*>(slots + at.slot * kWeightSlotBytes + own_mask);
 #pragma unroll
@@ -91,7 +91,9 @@ extern "C" __global__ void __launch_bounds__(linear::kThreads, RESIDENT) TERSOR_
     u16* __restrict__ dense,          // [rows, IC]
     int rows,                         // a multiple of 64, or up to the last one of the matrix
     int ic,
-    int runs,
+    const sparse::Place* __restrict__ of_places,  // what each place has of all rows
+    int ctas,                         // of a place, or 0: tiles are whole
+    int skipped,                      // tiles of cut rows ahead of these
     float factor) {                   // the power of two that the expanded weights still lack
     using namespace sparse;
     extern __shared__ __align__(1024) char slots[];
@@ -99,7 +101,8 @@ extern "C" __global__ void __launch_bounds__(linear::kThreads, RESIDENT) TERSOR_
     __shared__ __align__(8) u32 table[2 * expand::kEntries];
     __shared__ u32 slot_marks[kWeightSlots * kRowGroups];
     __shared__ __align__(16) u32 turned[4 * kRowGroups][tile::kRows][kTurnedWords];
-    const Work work{rows, ic, 1, 0, runs, 1};
+    __shared__ Range range;
+    const Work work{rows, ic, 1, 1, ctas, &range};
     const WeightRing masks{ptx::shared_address(slots) + kWeightsAt, kWeightSlotBytes, ptx::shared_address(barriers)};
     const Stored stored{mask, layers, starts, marks};
 
@@ -115,14 +118,15 @@ extern "C" __global__ void __launch_bounds__(linear::kThreads, RESIDENT) TERSOR_
         }
         ptx::sync_threads<kAllBarrier, kThreads>();
         if (warp == 0) {
-            copy_weights(masks, work, stored, ptx::shared_address(slots) + kSharedBytes, slot_marks, runs);
+            copy_weights(masks, work, stored, ptx::shared_address(slots) + kSharedBytes, slot_marks);
         }
     } else {
         if (threadIdx.x < 2 * expand::kEntries) table[threadIdx.x] = expand::entry(threadIdx.x / 2, threadIdx.x % 2);
+        if (threadIdx.x == kConsumers - 1 && ctas > 0) range.take(of_places[blockIdx.x / ctas], skipped, rows, work.blocks());
         ptx::sync_threads<kAllBarrier, kThreads>();
         ptx::take_registers<kExpandRegisters>();
         u32 use = 0;
-        for_items(work, 0, [&](const Item& item) {
+        for_items_of_warp(work, [&](const Item& item) {
             const int warp = threadIdx.x / 32, row = item.first_row + warp * tile::kRows + threadIdx.x % 32 / 4;
             float own[2];
 #pragma unroll
