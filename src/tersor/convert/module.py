@@ -262,7 +262,7 @@ def _check(model: nn.Module, step: Step) -> None:
         raise NonFiniteError(found[::-1] if turned else found, float(weight[found]), f"{name!r}")
     extent = max(high, 0.0) - min(low, 0.0) if scheme.has_zero_point else max(abs(low), abs(high))
     try:
-        store_scales(torch.tensor([[extent / scheme.format.max]]), scheme)
+        store_scales(torch.tensor([[extent if scheme.has_table else extent / scheme.format.max]]), scheme)
     except FormatError as error:
         raise FormatError(f"{name!r}: {error}") from None
 

@@ -109,7 +109,9 @@ class Asked:
         return [replace(one, scheme=self._maybe_sparse(one.scheme)) for one in parsed]
 
     def _maybe_sparse(self, scheme: Alike) -> Alike:
-        return Sparse(scheme) if self.looked and isinstance(scheme, Scheme) else scheme
+        if not self.looked or not isinstance(scheme, Scheme) or scheme.has_table:
+            return scheme
+        return Sparse(scheme)
 
 
 class Survey:

@@ -8,6 +8,7 @@ from tersor.formats.mix import MOST_LEVELS, Assignment, Mix
 from tersor.formats.outliers import Outliers, add_outliers, cut_outliers, outlier_columns, outlier_values, outlier_words
 from tersor.formats.scheme import (
     SCALE_DTYPES,
+    TABLE_DTYPES,
     ScaleError,
     Scheme,
     get_scheme,
@@ -22,6 +23,7 @@ __all__ = [
     "FLOAT_DTYPES",
     "MOST_LEVELS",
     "SCALE_DTYPES",
+    "TABLE_DTYPES",
     "Activations",
     "Assignment",
     "ElementFormat",

@@ -155,8 +155,10 @@ def dequantize_source(packing: Packing) -> KernelSource:
 
 @functools.cache
 def epilogue_source(packing: Packing, gate: int = 0) -> KernelSource:
-    """Return the kernel that scales (where there is one scale a row), biases and rounds a float32 product."""
-    return finish_source(packing.target, packing.scale_bytes // 4 if packing.scheme.group_size is None else 0, gate)
+    """Return the kernel that scales (where there is one scale a row, no table), biases and rounds a float32 product."""
+    scheme = packing.scheme
+    scaled = scheme.group_size is None and not scheme.has_table
+    return finish_source(packing.target, packing.scale_bytes // 4 if scaled else 0, gate)
 
 
 @functools.cache

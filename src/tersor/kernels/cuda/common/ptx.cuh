@@ -13,6 +13,14 @@ __device__ __forceinline__ u32 shared_address(const void* pointer) {
     return static_cast<u32>(address);
 }
 
+// Four of the bytes of `low` and `high`, 0 to 7 from the lowest up: each of the lower four nibbles says one. Where a nibble
+// has its highest bit set it is a sign that is repeated; __byte_perm would clear that first.
+__device__ __forceinline__ u32 choose_bytes(u32 low, u32 high, u32 nibbles) {
+    u32 four;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(four) : "r"(low), "r"(high), "r"(nibbles));
+    return four;
+}
+
 // The highest bit of every byte, in all bits of that byte; __byte_perm has no such selectors.
 __device__ __forceinline__ u32 repeat_signs(u32 bytes) {
     u32 signs;
