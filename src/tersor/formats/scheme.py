@@ -126,13 +126,16 @@ class Scheme:
         return Scheme(get(name), None if group == "row" else int(group[1:]), scale_dtype, outliers)
 
 
-def get_scheme(name: str, group_size: int | None = None, scale_dtype: str | None = None) -> Scheme:
+def get_scheme(
+    name: str, group_size: int | None = None, scale_dtype: str | None = None, table_dtype: str = "float16"
+) -> Scheme:
     """Return the scheme for a format name as users write it.
 
     Args:
         name: an element format (`fp6_e3m2`), or `mx` and one (`mxfp6_e3m2`: groups of 32 with E8M0 scales).
         group_size: elements that share a scale; `None` is one scale a row (for `mx...`: 32), or a table.
         scale_dtype: `float16` (default), `bfloat16`, `float32` or `e8m0`; of tables the first two.
+        table_dtype: what tables are in where no scale dtype is asked for: that of the activations that they will meet.
 
     Raises:
         FormatError: unknown names, or options that contradict an `mx` format.
@@ -167,12 +170,15 @@ def get_scheme(name: str, group_size: int | None = None, scale_dtype: str | None
         return Scheme(element, _MX_GROUP, "e8m0")
     element = get(name)
     if element.kind == "lut" and group_size is not None:
-        raise FormatError(f"{name} has a table for each row, not groups of {group_size}: leave the group size out")
+        raise FormatError(
+            f"{name} has a table for each row, no groups of {group_size}: leave the group size out, or write row in an "
+            "override"
+        )
     if element.kind == "lut" and scale_dtype not in (None, *TABLE_DTYPES):
         raise FormatError(f"tables of {name} are {' or '.join(TABLE_DTYPES)}, not {scale_dtype}")
     if element.kind == "uint" and scale_dtype == "e8m0":
         raise FormatError(f"{name} has a zero point, which e8m0 scales do not take: use int{element.bits}")
-    return Scheme(element, group_size, scale_dtype or "float16")
+    return Scheme(element, group_size, scale_dtype or (table_dtype if element.kind == "lut" else "float16"))
 
 
 def _checked_group_size(group_size: Any) -> int | None:

@@ -105,14 +105,14 @@ __device__ __forceinline__ u32 subtract_to_e4m3(u32 codes, u32 zeros) {
     return magnitudes + ((~magnitudes & kTops) >> 7);
 }
 
-// Four of the bytes of `low` and `high`, each said by one of the lower four nibbles.
-__device__ __forceinline__ u32 choose_bytes(u32 low, u32 high, u32 nibbles) {
+// Of the eight bytes of `low` and `high` those that the lower four nibbles of `selectors` say.
+__device__ __forceinline__ u32 permute(u32 low, u32 high, u32 selectors) {
 #ifdef __CUDACC__
-    return ptx::choose_bytes(low, high, nibbles);
+    return ptx::permute(low, high, selectors);
 #else
     u32 four = 0;
     for (int i = 0; i < 4; ++i) {
-        const u32 place = nibbles >> 4 * i & 7;
+        const u32 place = selectors >> 4 * i & 7;
         four |= ((place < 4 ? low >> 8 * place : high >> 8 * (place - 4)) & 0xFFu) << 8 * i;
     }
     return four;
@@ -127,10 +127,10 @@ __device__ __forceinline__ void choose(u32* four, const u32* tables) {
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
         const u32* table = tables + 4 * row;
-        const u32 nibbles = row == 0 ? codes : codes >> 16;
-        const u32 lower = choose_bytes(table[0], table[1], nibbles), upper = choose_bytes(table[2], table[3], nibbles);
-        four[row] = choose_bytes(lower, upper, 0x5140u);
-        four[row + 2] = choose_bytes(lower, upper, 0x7362u);
+        const u32 own = row == 0 ? codes : codes >> 16;
+        const u32 lower = permute(table[0], table[1], own), upper = permute(table[2], table[3], own);
+        four[row] = permute(lower, upper, 0x5140u);
+        four[row + 2] = permute(lower, upper, 0x7362u);
     }
 }
 

@@ -23,7 +23,7 @@ constexpr int kSteps = tile::kSteps / (kGroups > 0 ? kGroups : 1);  // k16 steps
 constexpr int kBytes = SCALE_TYPE == kFloat32 ? 4 : SCALE_TYPE == kE8m0 ? 1 : 2;
 constexpr int kZeroOffset = kGroups * tile::kRows * kBytes;
 constexpr int kBlockBytes = kZeroOffset + (kZeroPoints ? kGroups * tile::kRows * 2 : 0);
-constexpr bool kTables = DECODE_FINISH == decode::kChoose;
+constexpr bool kTables = decode::kSpread > 1;
 constexpr int kRowWords = kTables ? 4 : kZeroPoints ? 2 : 1;  // of one scale, or table, a row
 
 static_assert(SCALE_TYPE >= kFloat32 && SCALE_TYPE <= kE8m0, "SCALE_TYPE is a Type");
