@@ -1,4 +1,4 @@
-"""Which kernels of weights with tables do the compile tests build? A tile of each kind; dtypes, gates and norms by turns.
+"""Which kernels of weights with tables do the compile tests build? A tile of each kind; the rest by turns.
 
 A lane holds the tables of its two rows in eight registers, of each of its row groups where tokens are few.
 """
@@ -28,7 +28,9 @@ def scheme(dtype: str) -> Scheme:
 
 
 def all_sources(chip: Chip) -> list[KernelSource]:
-    """Return them for a chip, of compute capability 9.0 or 8.0."""
+    """Return them for a chip: of compute capability 9.0 or 8.0, others have no more."""
+    if chip.capability not in ((8, 0), (9, 0)):
+        return []
     packings = [Packing.of(scheme(dtype), dtype) for dtype in decode_groups.PAIR_TARGETS]
     if chip.capability != (9, 0):
         return [dense.dequantize_source(packings[0]), *(_older(packing, chip) for packing in packings)]

@@ -2,7 +2,7 @@
 
 The numbers minimise the weighted squared error of a row, k-means in one dimension: there what is nearest to a number is
 an interval, so that a row is sorted once and intervals are differences of running sums. The best of those that end at a
-hundred places are found exactly, and Lloyd's algorithm goes on from there. Against outputs of a layer, with all codes
+few dozen places are found exactly, and Lloyd's algorithm goes on from there. Against outputs of a layer, with all codes
 as they are, the best table solves a small system of equations.
 """
 
@@ -12,15 +12,16 @@ import torch
 
 from tersor.formats import SCALE_DTYPES, ScaleError, Scheme
 
-CUTS = 128
-"""Places of a sorted row between which intervals may end in the exact search, half of them by cost, half by value."""
+CUTS = 64
+"""Places of a sorted row at which intervals may end in the exact search, half of them by cost, half by value. What is
+found loses 0.3 % more than the best; twice as many leave 0.1 %, and take three times as long."""
 ROUNDS = 20
 """Of Lloyd's algorithm behind it, which moves the ends on to every place there is."""
 
 _RIDGE = 1e-7
 """What is added to the diagonal of a row's equations, relative: numbers that few weights have stay apart."""
 
-_CHOICES = {"cpu": 1 << 20, "cuda": 1 << 26}
+_CHOICES = {"cpu": 1 << 18, "cuda": 1 << 26}
 """Pairs of places that the search looks at together, by type of device."""
 
 _ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 26}
