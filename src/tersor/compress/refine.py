@@ -95,14 +95,20 @@ class Layer:
         return self.judge(target, Choice(values, scale, zero_point))
 
     def _round_to_tables(self, target: torch.Tensor) -> Judged:
-        weights = self.hessian.weights()
-        if self.kept is not None:
-            weights = weights * self.rows(self.kept)
-        tables = self.grid.rounded_tables(fit_tables(self.rows(target).contiguous(), weights)).T.contiguous()
-        choice = Choice.of_tables(target, tables)
-        of = (self.grid, self.hessian, self.groups, self.kept, tables)
-        values = round_columns(target, choice.scale, choice.zero_point, *of)
-        return self.judge(target, replace(choice, values=values))
+        """Round with two tables, fitted by the weights of GPTQ and with all weights alike; either may lose less."""
+        rows = self.rows(target).contiguous()
+        alike = None if self.kept is None else self.rows(self.kept)
+        weights = self.hessian.weights() if alike is None else self.hessian.weights() * alike
+        found: Judged | None = None
+        for cost in (weights, alike):
+            tables = self.grid.rounded_tables(fit_tables(rows, cost)).T.contiguous()
+            choice = Choice.of_tables(target, tables)
+            of = (self.grid, self.hessian, self.groups, self.kept, tables)
+            values = round_columns(target, choice.scale, choice.zero_point, *of)
+            judged = self.judge(target, replace(choice, values=values))
+            found = judged if found is None else found.better(judged)
+        assert found is not None
+        return found
 
     def polish(self, target: torch.Tensor, best: Judged, rounds: int = ROUNDS) -> Judged:
         """Refit scales, or tables, and descend codes in turn, and keep what lowers the loss of a row."""
