@@ -267,7 +267,7 @@ class MultipliedModule(PackedModule):
             activations: `16bit`: as they come; `fp8`: quantised to e4m3 with a scale for each token (W6A8 and the
                 like), `int8`: to int8 likewise, for integer weights (W8A8, W4A8), `int8:g128`: with a scale for
                 each 128 channels of it. All take the 8-bit tensor cores of compute capability 9.0 and the reference
-                elsewhere; for how sums are added see docs/formats.md, "Kernel tiles".
+                elsewhere; for how sums are added see docs/tiles.md.
 
         Raises:
             InputError: no such activations.
