@@ -18,12 +18,12 @@ from tersor.checkpoint.inspect import inspect
 from tersor.checkpoint.source import open_source
 from tersor.compress import encode
 from tersor.convert import quantize
-from tersor.errors import InputError
+from tersor.errors import InputError, UnsupportedError
 from tersor.formats import get_scheme
 from tersor.hardware import CHIPS
 from tersor.integrations.transformers import fuse
 from tersor.integrations.transformers.architecture import read_architecture
-from tersor.integrations.transformers.replace import unpack_model
+from tersor.integrations.transformers.replace import multiply_with, unpack_model
 from tersor.models.kernels import Steps, kernels_of
 from tersor.models.load import described
 from tersor.models.outline import outline
@@ -107,6 +107,29 @@ def test_the_engine_gives_the_logits_of_the_decoded_weights(kind: str, outliers:
     model: Any = AutoModelForCausalLM.from_pretrained(case.packed, attn_implementation="eager", dtype=torch.float32)
     unpack_model(model.eval(), torch.float32)
     assert decoders.difference(models.load(case.packed, "cpu"), model) < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["gpt_oss", "llama"])
+def test_experts_in_one_tensor_and_embeddings_have_tables(kind: str, tmp_path: Path) -> None:
+    path = checkpoints.save(kind, tmp_path / "model")
+    quantize(path, tmp_path / "out", format="lut3", overrides=["embed_tokens=lut3"])
+    stored = packed_models.tensors(tmp_path / "out")
+    assert stored["model.embed_tokens.weight_scale"].shape[1] == 8
+    if kind == "gpt_oss":
+        assert {stored[name].shape[2] for name in stored if "experts" in name and name.endswith("_scale")} == {8}
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    with torch.inference_mode():
+        found = model(packed_models.token_ids()).logits
+        unpack_model(model, torch.float32)
+        torch.testing.assert_close(model(packed_models.token_ids()).logits, found, rtol=1e-4, atol=1e-4)
+
+
+def test_8_bit_activations_meet_no_tables(packed: Path) -> None:
+    model: Any = AutoModelForCausalLM.from_pretrained(packed, dtype=torch.bfloat16)
+    with pytest.raises(UnsupportedError, match="tables of lut3 have 16-bit floats, which meet no bytes"):
+        multiply_with(model, "fp8")
+    with pytest.raises(UnsupportedError, match="activations int8 with weights in lut3:row:bfloat16: tables"):
+        models.load(packed, "cpu", activations="int8")
 
 
 def test_ranks_have_the_whole_tables_of_their_rows(tmp_path: Path) -> None:
