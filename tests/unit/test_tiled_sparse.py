@@ -235,7 +235,7 @@ def test_the_front_launches_the_kernel_and_the_one_that_decodes(
 
 
 def test_formats_that_kernels_expand_are_those_with_one_scale_a_row() -> None:
-    for name in formats.scheme_names():
+    for name in set(formats.scheme_names()) - set(formats.LUTS):  # pruned weights have no tables
         scheme = get_scheme(name)
         known = scheme.group_size is None and scheme.format.kind != "uint"
         assert (tiles_reason(Sparse(scheme), "float16") == "") == known
