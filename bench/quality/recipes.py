@@ -39,7 +39,10 @@ TRANSFORMED = (
 )
 """(Recipe, transform that `tersor quantize` does beside choosing codes)."""
 OUTLIERS = "0.5%"
-BESIDE = ("int4-g-rtn", "int4-g-gptq", "uint4-g-gptq", "uint3-g-gptq", "fp4_e2m1-row-rtn", "fp4_e2m1-row-gptq")
+BESIDE = (
+    *("int4-g-rtn", "int4-g-gptq", "uint4-g-gptq", "uint3-g-gptq"),
+    *("fp4_e2m1-row-rtn", "fp4_e2m1-row-gptq", "lut3-row-gptq"),
+)
 """Recipes that are measured with so many outliers, too."""
 SPARSITY = 0.5
 """The share of zeros of pruned models."""
@@ -87,6 +90,7 @@ def recipes(group: int) -> list[Recipe]:
     found += mixes(group)
     found += [_named("int4-row-rtn", "int4"), _named("int4-row-gptq", "int4", **GPTQ)]
     found += [_named("int8-row-rtn", "int8")]
+    found += [_named("lut3-row-rtn", "lut3"), _named("lut3-row-gptq", "lut3", **GPTQ)]
     found += [_named(f"{name}-g-rtn", name, group) for name in ("fp6_e3m2", "fp6_e2m3")]
     found += [_named(f"mx{name}-rtn", f"mx{name}") for name in ("fp6_e3m2", "fp6_e2m3")]
     known = {one.name: one for one in found}

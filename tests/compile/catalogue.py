@@ -17,7 +17,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from compile import around, beside, mixed, mixtures, sparse
+from compile import around, beside, mixed, mixtures, sparse, tabled
 from compile.pairing import GROUP_SIZES, Pair, alike, choose, width
 
 from tersor.formats import SCALE_DTYPES, Activations, Scheme, get, names
@@ -272,11 +272,11 @@ def all_sources(capability: tuple[int, int]) -> list[KernelSource]:
         found = [kernel.source(chip) for kernel in few if kernel.source(chip) != kernel.source(usual)][::_SHARE]
     if capability == (9, 0):
         found += [kernel.source(chip) for kernel in fused() if not isinstance(kernel.tile, int)]
-        found += [kernel.source(chip) for kernel in WHOLE]
-        found += around.quantizing()
+        found += [*(kernel.source(chip) for kernel in WHOLE), *around.quantizing()]
         found += mixtures.all_sources(chip)
         found += [*mixed.all_sources(chip), *sparse.all_sources(chip)]
         found += [*(kernel.source(chip) for kernel in normed()), *beside.all_sources(chip)]
+    found += tabled.all_sources(chip)
     first, turn = {(8, 0): (0, 2), (9, 0): (1, 2)}.get(capability, (0, _SHARE))
     others = (*_dequantizing()[first::turn], *_epilogues()[first::turn], *_routing()[first::turn])
     others += (*_attention(chip, _USUAL_HEADS)[:: 1 if turn == 2 else _SHARE], *_attention(chip, _HEADS)[first::turn])

@@ -229,6 +229,7 @@ inline u32 read(const u32* flag) {
 namespace ptx {
 using namespace emulated;
 
+inline u32 permute(u32 low, u32 high, u32 selectors) { return __byte_perm(low, high, selectors); }
 inline u32 shared_address(const void* p) { return static_cast<const unsigned char*>(p) - attention_memory; }
 template <bool kBf16> float widen(u16 x) { return wide<kBf16>(x); }
 template <bool kBf16> u16 narrow(float x) { return kBf16 ? float_to_bfloat(x) : float_to_half(x); }

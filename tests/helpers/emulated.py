@@ -29,7 +29,7 @@ REPLACED = {
 }
 """Headers, and what has all of them that is used."""
 EXTERN = {
-    *("experts/sm90_experts.cuh", "experts/sm90_mixed.cuh", "mixed/sm90_mixed.cuh"),
+    *("dense/sm90_linear.cuh", "experts/sm90_experts.cuh", "experts/sm90_mixed.cuh", "mixed/sm90_mixed.cuh"),
     *("sparse/sm90_decompress.cuh", "sparse/sm90_sparse.cuh"),
 }
 """Headers whose dynamic shared memory has a name of its own."""
@@ -108,7 +108,7 @@ def _translation(source: KernelSource, arch: int) -> str:
     language = "emulated.hpp" if source.header.startswith("attention/") else "emulated_block.hpp"
     if source.header.startswith("attention/sm90"):
         language = "emulated_sm90.hpp"
-    elif source.header.startswith(("experts/sm90", "mixed/", "sparse/")):
+    elif source.header.startswith(("dense/sm90", "experts/sm90", "mixed/", "sparse/")):
         language = "emulated_mixed.hpp"
     names = [f"a{i}" for i in range(len(source.arguments))]
     given = [

@@ -35,7 +35,6 @@ inline void bulk_copy_once(u32 shared, const void* global, u32 bytes, u32 barrie
     bulk_copy(shared, global, bytes, barrier);
 }
 template <int kId, int kThreads> void arrive_threads() { come(kId, kThreads); }
-inline u32 permute(u32 low, u32 high, u32 selectors) { return __byte_perm(low, high, selectors); }
 inline u32 shift(u32 low, u32 high, u32 by) {
     return static_cast<u32>((static_cast<u64>(high) << 32 | low) >> (by < 32 ? by : 32));
 }

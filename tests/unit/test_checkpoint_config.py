@@ -45,7 +45,7 @@ def test_defaults() -> None:
 BROKEN = {
     "not an object": ([], "not an object"),
     "other method": ({**PLAIN, "quant_method": "awq"}, "quant_method is 'awq', not 'tersor'"),
-    "newer": ({**PLAIN, "version": 7}, "version 7 and this Tersor reads up to version 4: update it"),
+    "newer": ({**PLAIN, "version": 7}, "version 7 and this Tersor reads up to version 5: update it"),
     "no version": ({"quant_method": "tersor", "format": "int4"}, "version is None"),
     "unknown key": ({**PLAIN, "groupsize": 64}, "unknown key 'groupsize', did you mean 'group_size'"),
     "no format": ({"quant_method": "tersor", "version": 1}, "format missing"),

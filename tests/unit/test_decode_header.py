@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tersor import formats
-from tersor.layouts import decode_groups, gated, tiles
+from tersor.layouts import decode_groups, gated, scales, tiles
 from tersor.layouts.packing import SCALE_TYPES, Packing
 
 COMPILER = shutil.which("c++") or shutil.which("g++")
@@ -90,6 +90,46 @@ def subtracts(subtract: Any, fmt: formats.ElementFormat, group: decode_groups.De
             found = subtract(register, (int(constant) & 0xFFFF) * 0x00010001)
             values = torch.tensor([found], dtype=torch.int64).view(dtype)[:4].float() * 2.0**group.exponent
             assert torch.equal(values, (fields - zero).float()), (fmt.name, zero, first)
+
+
+@needs_compiler
+@pytest.mark.parametrize("target", decode_groups.PAIR_TARGETS)
+def test_codes_of_tables_choose_the_bits_of_their_rows(target: str, tmp_path: Path) -> None:
+    """Every code at every place of a lane, of tables in which no byte stands twice."""
+    scheme = formats.get_scheme("lut3", None, target)
+    packing = Packing.of(scheme, target)
+    group, parameters = packing.group, packing.macros()
+    defines = "".join(f"#define {key} {int(v) if isinstance(v, bool) else v}\n" for key, v in parameters.items())
+    made = parameters["DECODE_REGISTERS"]
+    source = (
+        f"{defines}{common('decode.cuh')}\n"
+        'extern "C" void run(u32* registers, const u32* words, const u32* tables) {\n'
+        "    decode::extract(registers, words);\n"
+        f"    for (int i = 0; i < {made}; i += decode::kSpread) decode::choose(registers + i, tables);\n}}\n"
+    )
+    library = built(source, tmp_path)
+    table = torch.randperm(1 << 16, generator=torch.Generator().manual_seed(3))[: 16 * 8].view(16, 8).to(torch.int16)
+    records = scales.pack(table.view(torch.float16 if target == "float16" else torch.bfloat16), None, packing, 128)
+    places = torch.arange(16 * 128).view(16, 128)
+    for shift in range(8):
+        codes = ((places * 5 + places // 128 + shift) % 8).to(torch.uint8)
+        words = tiles.pack(codes, packing)
+        for lane in (0, 6, 13, 31):
+            g, t = divmod(lane, 4)
+            mine = [int(word) & 0xFFFFFFFF for word in (*words[4 * lane :][:4], *words[128 + 2 * lane :][:2])]
+            rows = torch.cat([records[16 * row :][:16].view(torch.int32) for row in (g, g + 8)])
+            tables = (ctypes.c_uint32 * 8)(*[int(word) & 0xFFFFFFFF for word in rows])
+            registers: list[int] = []
+            for first in range(0, 6, group.words):
+                decoded = (ctypes.c_uint32 * made)()
+                library.run(decoded, (ctypes.c_uint32 * group.words)(*mine[first : first + group.words]), tables)
+                registers += list(decoded)
+            assert len(registers) == 32
+            for register, value in enumerate(registers):
+                row = g + 8 * (register % 2)
+                column = (register // 4 * 8 + register % 4 // 2 * 4 + t) * 2
+                low, high = (int(table[row, int(code)]) & 0xFFFF for code in codes[row, column : column + 2])
+                assert value == low | high << 16, (shift, lane, register)
 
 
 @needs_compiler

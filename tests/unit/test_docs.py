@@ -120,10 +120,12 @@ def bits_rows() -> list[str]:
         ("int4", 128),
         ("uint4", 128),
         ("int8", None),
+        ("lut3", None),
     ):
         scheme = formats.get_scheme(name, group)
         shared = "a row" if scheme.group_size is None else f"a group of {scheme.group_size}"
-        rows.append(f"| {name}, one {scheme.scale_dtype} scale {shared} | {scheme.bits_per_weight(4096):.3f} |")
+        what = "table" if scheme.has_table else "scale"
+        rows.append(f"| {name}, one {scheme.scale_dtype} {what} {shared} | {scheme.bits_per_weight(4096):.3f} |")
     return rows
 
 
@@ -149,8 +151,8 @@ def test_scale_dtypes_are_those_of_the_code() -> None:
 
 def test_every_format_is_named() -> None:
     text = read("docs/formats.md")
-    for name in formats.names():
-        known = name if name.startswith("fp") else re.sub(r"\d", "", name)
+    for name in (*formats.names(), *formats.LUTS):
+        known = name if name.startswith(("fp", "lut")) else re.sub(r"\d", "", name)
         assert known in text, name
 
 

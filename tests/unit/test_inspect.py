@@ -81,7 +81,7 @@ def test_another_method_is_shown_as_it_is(packed: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": 5}, "version 5 and this Tersor reads up to version 4: update it"),
+        ({"version": 6}, "version 6 and this Tersor reads up to version 5: update it"),
         ({"formt": "int4"}, "unknown key 'formt', did you mean 'format'"),
         ({"format": "fp5_e2m2"}, "which is not fp5_e2m2:row:float16 for 72 input channels"),
         ({"ignore": ["up_proj"]}, "up_proj is packed, and quantization_config says to ignore it"),

@@ -148,7 +148,8 @@ def test_where_a_tile_keeps_a_weight(name: str, target: str) -> None:
         for word, turn in group.outputs()[register % group.registers]:
             bits = mine[first + word] & 0xFFFFFFFF
             value ^= (bits << turn | bits >> (32 - turn)) & 0xFFFFFFFF if turn else bits
-        fields = decode_groups.split(torch.tensor(decode_groups.signed(value & group.mask), dtype=torch.int32), target)
+        found = torch.tensor(decode_groups.signed(value & group.mask), dtype=torch.int32)
+        fields = decode_groups.split(found, together)
         assert int(decode_groups.unplace(fields, fmt, target)[column % together]) == wanted
 
 

@@ -139,7 +139,7 @@ def test_a_config_without_packed_tensors(llama: tuple[Path, Path], broken: Calla
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"version": 5}, ["version 5", "version 4"]),
+        ({"version": 6}, ["version 6", "version 5"]),
         ({"group_sise": 3}, ["unknown key 'group_sise'", "did you mean 'group_size'"]),
         ({"overrides": {"x": {"format": "int4", "bits": 3}}}, ["unknown key 'bits'"]),
         ({"format": "fp6_e4m2"}, ["fp6_e4m2"]),

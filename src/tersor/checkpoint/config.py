@@ -11,9 +11,10 @@ from tersor.errors import CheckpointError, FormatError, InputError, did_you_mean
 from tersor.formats import FLOAT_DTYPES, Mix, Outliers, Plain, Scheme, Sparse, get_scheme, plain_values
 
 QUANT_METHOD = "tersor"
-VERSION = 4
-"""The newest version that is read: that of outliers. Pruned weights are written as 3, mixed ones as 2, the others as 1,
-which older readers know."""
+VERSION = 5
+"""The newest version that is read: that of tables. Outliers are written as 4, pruned weights as 3, mixed ones as 2, the
+others as 1, which older readers know."""
+_OUTLIERS_VERSION = 4
 _SPARSE_VERSION = 3
 _MIXED_VERSION = 2
 MIXED_FORMAT = "mixed"
@@ -23,7 +24,6 @@ _SCHEME_KEYS = ("format", "group_size", "scale_dtype", "sparse", "outliers")
 _OUTLIER_KEYS = ("percent", "dtype")
 _KEYS = (*_REQUIRED, *_SCHEME_KEYS[1:], "levels", "overrides", "ignore", "provenance")
 _GROUP = re.compile(r"g-?[0-9]{1,9}")
-
 
 Alike: TypeAlias = Scheme | Sparse
 """How weights are represented of which all output features are alike: in a scheme, or pruned where that is smaller."""
@@ -68,8 +68,10 @@ class QuantizationConfig:
     def version(self) -> int:
         """The version that is written: the oldest that can say this."""
         said = (self.scheme, *(override.scheme for override in self.overrides))
-        if any(isinstance(one, Scheme) and one.outliers is not None for one in said):
+        if any(scheme.has_table for scheme in self.schemes):
             return VERSION
+        if any(isinstance(one, Scheme) and one.outliers is not None for one in said):
+            return _OUTLIERS_VERSION
         if any(isinstance(one, Sparse) for one in said):
             return _SPARSE_VERSION
         return _MIXED_VERSION if isinstance(self.scheme, Mix) else 1
@@ -220,7 +222,10 @@ def parse_ignore(ignore: Sequence[str]) -> list[str]:
 
 
 def parse_overrides(
-    overrides: Mapping[str, Any] | Sequence[str], group_size: int | None = None, scale_dtype: str | None = None
+    overrides: Mapping[str, Any] | Sequence[str],
+    group_size: int | None = None,
+    scale_dtype: str | None = None,
+    table_dtype: str = "float16",
 ) -> list[Override]:
     """Parse what a user gives as overrides, in order.
 
@@ -228,6 +233,7 @@ def parse_overrides(
         overrides: `REGEX=FORMAT` texts, or a mapping of a pattern to `FORMAT[:gN|:row][:SCALE_DTYPE]` or to a mapping
             with `format` and, where wanted, `group_size` and `scale_dtype`.
         group_size, scale_dtype: used where a text names none.
+        table_dtype: as `get_scheme` takes it.
 
     Raises:
         InputError: neither, a broken pattern, one that stands there twice, or an unknown format.
@@ -235,9 +241,9 @@ def parse_overrides(
     if isinstance(overrides, str) or not isinstance(overrides, Iterable):
         raise InputError(f"overrides is {overrides!r}: give a list of REGEX=FORMAT or a mapping")
     if isinstance(overrides, Mapping):
-        parsed = [_mapped_override(pattern, entry, group_size, scale_dtype) for pattern, entry in overrides.items()]
+        parsed = [_mapped_override(*one, group_size, scale_dtype, table_dtype) for one in overrides.items()]
     else:
-        parsed = [parse_override(text, group_size, scale_dtype) for text in overrides]
+        parsed = [parse_override(text, group_size, scale_dtype, table_dtype) for text in overrides]
     first: dict[str, Override] = {}
     for override in parsed:
         if override.pattern in first:
@@ -247,22 +253,27 @@ def parse_overrides(
     return parsed
 
 
-def _mapped_override(pattern: Any, entry: Any, group_size: int | None, scale_dtype: str | None) -> Override:
+def _mapped_override(
+    pattern: Any, entry: Any, group_size: int | None, scale_dtype: str | None, table_dtype: str
+) -> Override:
     where = f"override {pattern!r}"
     check_pattern(pattern, "override")
     if isinstance(entry, Mapping):
         return Override(pattern, _scheme(entry, where))
     if not isinstance(entry, str):
         raise InputError(f"{where} is {entry!r}: give a format such as 'int8:g64', or put the pattern into ignore")
-    return Override(pattern, _parse_alike(entry, group_size, scale_dtype, where))
+    return Override(pattern, _parse_alike(entry, group_size, scale_dtype, where, table_dtype))
 
 
-def parse_override(text: str, group_size: int | None = None, scale_dtype: str | None = None) -> Override:
+def parse_override(
+    text: str, group_size: int | None = None, scale_dtype: str | None = None, table_dtype: str = "float16"
+) -> Override:
     """Parse `REGEX=FORMAT`, where FORMAT may be followed by `:g64` or `:row` and by `:SCALE_DTYPE`.
 
     Args:
         text: what the user wrote.
         group_size, scale_dtype: used where the text names none and the format does not fix them (`mx...` does).
+        table_dtype: as `get_scheme` takes it.
 
     Raises:
         InputError: no `=`, a broken pattern, or an unknown format.
@@ -270,18 +281,19 @@ def parse_override(text: str, group_size: int | None = None, scale_dtype: str | 
     pattern, separator, value = text.rpartition("=") if isinstance(text, str) else ("", "", "")
     if not separator or not pattern or not value:
         raise InputError(f"override {text!r} is not REGEX=FORMAT, such as 'down_proj=int8' or 'down_proj=int8:g64'")
-    return Override(
-        check_pattern(pattern, "override"), _parse_alike(value, group_size, scale_dtype, f"override {text!r}")
-    )
+    alike = _parse_alike(value, group_size, scale_dtype, f"override {text!r}", table_dtype)
+    return Override(check_pattern(pattern, "override"), alike)
 
 
-def _parse_alike(text: str, group_size: int | None, scale_dtype: str | None, where: str) -> Alike:
+def _parse_alike(text: str, group_size: int | None, scale_dtype: str | None, where: str, table_dtype: str) -> Alike:
     """Parse what `parse_scheme` does, or the plain numbers that pruned weights keep, such as `bf16`."""
     plain = plain_values(text)
-    return parse_scheme(text, group_size, scale_dtype, where) if plain is None else Sparse(plain)
+    return parse_scheme(text, group_size, scale_dtype, where, table_dtype) if plain is None else Sparse(plain)
 
 
-def parse_scheme(text: str, group_size: int | None, scale_dtype: str | None, where: str) -> Scheme:
+def parse_scheme(
+    text: str, group_size: int | None, scale_dtype: str | None, where: str, table_dtype: str = "float16"
+) -> Scheme:
     """Parse `FORMAT[:gN|:row][:SCALE_DTYPE]`; what it does not name comes from the arguments.
 
     Raises:
@@ -307,7 +319,7 @@ def parse_scheme(text: str, group_size: int | None, scale_dtype: str | None, whe
         if scale_dtype.isdecimal():
             raise FormatError(f"{where}: {scale_dtype} is no scale dtype: a group size is written g{scale_dtype}")
     try:
-        return get_scheme(name, group_size, scale_dtype)
+        return get_scheme(name, group_size, scale_dtype, table_dtype)
     except FormatError as error:
         raise FormatError(f"{where}: {error}") from None
 

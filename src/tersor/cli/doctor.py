@@ -135,7 +135,10 @@ def _kernels() -> list[dict[str, Any]]:
 
     def entry(name: str, dtype_name: str, tokens: int) -> dict[str, Any]:
         dtype: torch.dtype = getattr(torch, dtype_name)
-        reason = ops.explain(formats.get_scheme(name), _CHANNELS, _CHANNELS, tokens, dtype)
+        scheme = formats.get_scheme(name)
+        if scheme.has_table and dtype_name in formats.TABLE_DTYPES:
+            scheme = formats.get_scheme(name, None, dtype_name)
+        reason = ops.explain(scheme, _CHANNELS, _CHANNELS, tokens, dtype)
         return {
             "format": name,
             "dtype": dtype_name,

@@ -37,13 +37,14 @@ def command(
         typer.Option(
             "--format",
             "-f",
-            help="Element format, such as fp6 (e2m3), int4 or mxfp6_e2m3; bf16, fp16 or fp32, that of the checkpoint, "
-            "only repacks pruned weights, without loss.",
+            help="Element format, such as fp6 (e2m3), int4, mxfp6_e2m3 or lut3 (a table for each row); bf16, fp16 or "
+            "fp32, that of the checkpoint, only repacks pruned weights, without loss.",
         ),
     ] = "fp6",
     group_size: options.GroupSize = None,
     scale_dtype: Annotated[
-        str | None, typer.Option(help="float16, bfloat16, float32 or e8m0; exports take the model's dtype.")
+        str | None,
+        typer.Option(help="float16, bfloat16, float32 or e8m0; exports and tables take the model's dtype."),
     ] = None,
     ignore: options.Ignore = None,
     override: Annotated[

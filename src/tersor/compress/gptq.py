@@ -3,7 +3,7 @@
 Codes are chosen to minimise the error of the layer's outputs, tr(E H E^T) with E the error of the weight and H the
 second moments of its inputs, as GPTQ does (arXiv 2210.17323): channels by falling diagonal of H with the scales of all
 groups fixed beforehand. Scales are searched by GPTQ's own weights, then refitted in closed form, and codes descend to
-where no single one of them can do better.
+where no single one of them can do better. Tables of rows (SqueezeLLM, arXiv 2306.07629) are k-means by those weights.
 
 Where calibration also summed up how the original model's inputs differ, the weight aims at the original's outputs
 (GPTAQ, arXiv 2504.02692, and QEP, arXiv 2504.09629, in closed form, with half of the step). Where it summed up the
@@ -25,6 +25,7 @@ from tersor.compress.refine import Layer
 from tersor.compress.rtn import quantize_rtn
 from tersor.compress.statistics import HESSIAN, OUTPUT_HESSIAN, SHIFT
 from tersor.compress.sweeps import Choice
+from tersor.compress.tables import places_of
 from tersor.compress.two_sided import OutputHessian, refine_two_sided
 from tersor.errors import InputError
 from tersor.formats import SCALE_DTYPES, Encoded, Objective, Scheme, store_scales
@@ -64,7 +65,7 @@ def quantize_gptq(weight: torch.Tensor, scheme: Scheme, statistics: Mapping[str,
         if scheme.outliers is not None:
             parted = part(weight, scheme.outliers, grid, hessian.natural.diagonal())
             layer = Layer.of(grid, hessian, ~parted.kept)
-            nearest = quantize_rtn(parted.rest, scheme.dense)
+            nearest = quantize_rtn(parted.rest, scheme.dense, ~parted.kept)
             rest, rows = parted.rest, rows - parted.values
         else:
             layer, rest = Layer.of(grid, hessian), weight
@@ -120,6 +121,10 @@ def choice_of(encoded: Encoded, layer: Layer) -> Choice:
     """Return codes that are there already, as columns in the Hessian's order."""
     scheme, groups = encoded.scheme, layer.grid.groups
     oc, ic = encoded.codes.shape
+    if scheme.has_table:
+        numbers = layer.columns(encoded.dequantize())
+        numbers = numbers if layer.kept is None else numbers * layer.kept
+        return Choice.of_tables(numbers, encoded.scales().T.contiguous())
     values = scheme.format.decode(encoded.codes)
     zero_point = torch.zeros(oc, groups, device=values.device)
     if encoded.zero_point is not None:
@@ -132,12 +137,13 @@ def choice_of(encoded: Encoded, layer: Layer) -> Choice:
 def encoded_of(weight: torch.Tensor, nearest: Encoded, layer: Layer, best: Choice, objective: Objective) -> Encoded:
     """Return the choice as codes and scales, with its squared error against the weight."""
     scheme, zero_point = nearest.scheme, best.zero_point.T.contiguous()
-    scale = best.scale.T.contiguous()
+    scale, rows = (best.scale if best.tables is None else best.tables).T.contiguous(), layer.rows(best.values)
+    codes = layer.grid.codes(rows, zero_point) if best.tables is None else places_of(rows, scale).to(torch.uint8)
     dtype = SCALE_DTYPES[scheme.scale_dtype]
     error = (layer.rows(best.decoded(layer.groups)) - weight.float()).double()
     return Encoded(
         scheme=scheme,
-        codes=layer.grid.codes(layer.rows(best.values), zero_point),
+        codes=codes,
         scale=scale.to(dtype) if dtype.is_floating_point else store_scales(scale, scheme),
         zero_point=zero_point.to(torch.uint8) if scheme.has_zero_point else None,
         squared_error=float(error.square_().sum()),

@@ -1,4 +1,7 @@
-"""The numbers that a row of codes can be: the values of a format times scales, and the scales that fit them best."""
+"""The numbers that a row of codes can be: the values of a format times scales, and the scales that fit them best.
+
+Codes that choose from a table have the numbers of their row (`tersor.compress.tables`), and of this only a limit.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ class Grid:
 
     Attributes:
         scheme: element format and scales.
-        groups: scales a row.
+        groups: scales a row, one where it has a table.
         limit: the largest scale allowed, so that no weight decodes beyond its dtype.
         least, largest: the smallest and the largest value of a code.
         table: float32 [values], ascending, of a float format.
@@ -51,6 +54,10 @@ class Grid:
         Raises:
             FormatError: the group size does not divide `ic`.
         """
+        if scheme.has_table:
+            limit = min(torch.finfo(kind).max for kind in (dtype, SCALE_DTYPES[scheme.scale_dtype], torch.float32))
+            none = torch.empty(0, device=device)
+            return Grid(scheme, 1, limit * _MARGIN, -limit, limit, none, none)
         table = scheme.format.values().unique(sorted=True)
         limit = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max) / float(table.abs().max())
         stored = SCALE_DTYPES[scheme.scale_dtype]
@@ -82,6 +89,10 @@ class Grid:
     def rounded(self, scale: torch.Tensor) -> torch.Tensor:
         """Return positive scales, float32 [rows, G], as the scheme's dtype stores them, at most `limit`."""
         return scale_values(store_scales(scale.clamp(max=self.limit), self.scheme, fits=True), self.scheme)
+
+    def rounded_tables(self, tables: torch.Tensor) -> torch.Tensor:
+        """Return tables, float32 [rows, size], as the scheme's dtype stores them, of magnitudes up to `limit`."""
+        return tables.clamp(-self.limit, self.limit).to(SCALE_DTYPES[self.scheme.scale_dtype]).float()
 
     def search(self, rows: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Find the scale of every group whose codes lose least, among shrunken round-to-nearest scales.

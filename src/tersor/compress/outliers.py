@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from tersor.compress.grid import Grid
+from tersor.compress.tables import fit_tables, nearest_codes
 from tersor.errors import NonFiniteError
-from tersor.formats import FLOAT_DTYPES, Encoded, Outliers, ScaleError, Scheme, outlier_words
+from tersor.formats import FLOAT_DTYPES, Encoded, Outliers, ScaleError, Scheme, outlier_columns, outlier_words
 
 ROUNDS = 4
 """Searches of scales, each for another choice of outliers."""
@@ -63,12 +64,17 @@ def part(
     if grid is not None and energy is not None:
         columns = _most_lossy(rows, columns, grid, energy)
     values = weight.gather(1, columns).to(FLOAT_DTYPES[outliers.dtype])
-    if not bool(torch.isfinite(values).all()):
-        row = int((~torch.isfinite(values)).nonzero()[0][0])
-        raise ScaleError(row, f"an outlier in row {{row}} is beyond {outliers.dtype}'s largest number: keep none there")
+    _check_outliers(values, outliers)
     kept = torch.zeros_like(weight, dtype=torch.bool).scatter_(1, columns, True)
     plain = torch.zeros(weight.shape, device=weight.device).scatter_(1, columns, values.float())
     return Parted(outlier_words(columns, values), kept, weight.masked_fill(kept, 0), plain)
+
+
+def _check_outliers(values: torch.Tensor, outliers: Outliers) -> None:
+    """Raise ScaleError, with the row, where an outlier in its dtype is not finite."""
+    if not bool(torch.isfinite(values).all()):
+        row = int((~torch.isfinite(values)).nonzero()[0][0])
+        raise ScaleError(row, f"an outlier in row {{row}} is beyond {outliers.dtype}'s largest number: keep none there")
 
 
 def _most_lossy(rows: torch.Tensor, found: torch.Tensor, grid: Grid, energy: torch.Tensor) -> torch.Tensor:
@@ -107,6 +113,9 @@ def losses(rest: torch.Tensor, rows: torch.Tensor, grid: Grid, energy: torch.Ten
         rows: float32 [OC, IC], the weights.
         grid, energy: as `part` takes them.
     """
+    if grid.scheme.has_table:
+        table = grid.rounded_tables(fit_tables(rest, energy * (rest != 0)))
+        return table.gather(1, nearest_codes(rows, table)).sub_(rows).square_().mul_(energy)
     scale, zero_point = (part.unsqueeze(2) for part in grid.search(rest, energy))
     wanted = rows.view(len(rows), grid.groups, -1) / torch.where(scale > 0, scale, 1.0)
     low, high = (end.expand_as(wanted).flatten() for end in grid.ends(zero_point))
@@ -116,6 +125,8 @@ def losses(rest: torch.Tensor, rows: torch.Tensor, grid: Grid, energy: torch.Ten
 
 def beside(encoded: Encoded, parted: Parted, weight: torch.Tensor, scheme: Scheme) -> Encoded:
     """Return codes of what is left with the outliers beside them, and the errors of both against the weight."""
+    if scheme.has_table:
+        encoded, parted = _beside_tables(encoded, parted, weight, scheme)
     error = parted.values.double() - weight.double().where(parted.kept, 0.0)
     norm = weight.double().where(parted.kept, 0.0)
     return replace(
@@ -127,19 +138,39 @@ def beside(encoded: Encoded, parted: Parted, weight: torch.Tensor, scheme: Schem
     )
 
 
+def _beside_tables(encoded: Encoded, parted: Parted, weight: torch.Tensor, scheme: Scheme) -> tuple[Encoded, Parted]:
+    """Return codes and outliers where rows have tables, in which there is no zero.
+
+    An outlier there is the weight less the number nearest to it, rounded to 16 bits; `values` are both together.
+
+    Raises:
+        ScaleError: what is left of a weight is beyond the dtype's largest number.
+    """
+    assert scheme.outliers is not None
+    columns, table = outlier_columns(parted.words), encoded.scales()
+    wanted = weight.gather(1, columns).float()
+    codes = nearest_codes(wanted, table)
+    numbers = table.gather(1, codes)
+    left = (wanted - numbers).to(FLOAT_DTYPES[scheme.outliers.dtype])
+    _check_outliers(left, scheme.outliers)
+    values = torch.zeros_like(parted.values).scatter_(1, columns, left.float() + numbers)
+    chosen = encoded.codes.scatter(1, columns, codes.to(torch.uint8))
+    return replace(encoded, codes=chosen), replace(parted, words=outlier_words(columns, left), values=values)
+
+
 def quantize_beside(
-    weight: torch.Tensor, scheme: Scheme, quantize: Callable[[torch.Tensor, Scheme], Encoded]
+    weight: torch.Tensor, scheme: Scheme, quantize: Callable[[torch.Tensor, Scheme, torch.Tensor], Encoded]
 ) -> Encoded:
     """Keep the largest weights of every row, and have codes chosen for the others.
 
     Args:
         weight: as for `part`.
         scheme: one with outliers.
-        quantize: chooses codes; what is zero stays zero.
+        quantize: chooses codes for the weights that a mask, bool [OC, IC], has: the others are zero.
 
     Raises:
         As `part` and `quantize` do.
     """
     assert scheme.outliers is not None
     parted = part(weight, scheme.outliers)
-    return beside(quantize(parted.rest, scheme.dense), parted, weight, scheme)
+    return beside(quantize(parted.rest, scheme.dense, ~parted.kept), parted, weight, scheme)

@@ -13,6 +13,7 @@ from tersor.compress.grid import Grid
 from tersor.compress.hessian import Hessian
 from tersor.compress.refit import refit_scales
 from tersor.compress.sweeps import Choice, descend_columns, round_columns
+from tersor.compress.tables import fit_tables, refit_tables
 
 ROUNDS = 3
 """Refits of the scales, each with a descent of the codes after it."""
@@ -84,15 +85,33 @@ class Layer:
         return Judged(choice, gradient, (gradient * error).sum(dim=0, dtype=torch.float64))
 
     def round(self, target: torch.Tensor) -> Judged:
-        """Choose scales by the search, and codes column by column; the target is float32 [IC, rows]."""
+        """Choose scales by the search, or tables, and codes column by column; the target is float32 [IC, rows]."""
+        if self.grid.scheme.has_table:
+            return self._round_to_tables(target)
         scale, zero_point = (
             part.T.contiguous() for part in self.grid.search(self.rows(target), self.hessian.weights())
         )
         values = round_columns(target, scale, zero_point, self.grid, self.hessian, self.groups, self.kept)
         return self.judge(target, Choice(values, scale, zero_point))
 
+    def _round_to_tables(self, target: torch.Tensor) -> Judged:
+        """Round with two tables, fitted by the weights of GPTQ and with all weights alike; either may lose less."""
+        rows = self.rows(target).contiguous()
+        alike = None if self.kept is None else self.rows(self.kept)
+        weights = self.hessian.weights() if alike is None else self.hessian.weights() * alike
+        found: Judged | None = None
+        for cost in (weights, alike):
+            tables = self.grid.rounded_tables(fit_tables(rows, cost)).T.contiguous()
+            choice = Choice.of_tables(target, tables)
+            of = (self.grid, self.hessian, self.groups, self.kept, tables)
+            values = round_columns(target, choice.scale, choice.zero_point, *of)
+            judged = self.judge(target, replace(choice, values=values))
+            found = judged if found is None else found.better(judged)
+        assert found is not None
+        return found
+
     def polish(self, target: torch.Tensor, best: Judged, rounds: int = ROUNDS) -> Judged:
-        """Refit scales and descend codes in turn, and keep what lowers the loss of a row."""
+        """Refit scales, or tables, and descend codes in turn, and keep what lowers the loss of a row."""
         for _ in range(rounds):
             if self.grid.scheme.scale_dtype != "e8m0":  # the nearest power of two is far from a scale refitted
                 best = best.better(self.judge(target, self._refitted(best)))
@@ -103,10 +122,21 @@ class Layer:
 
     def _refitted(self, best: Judged) -> Choice:
         choice = best.choice
+        if choice.tables is not None:
+            kept = None if self.kept is None else self._natural(self.kept)
+            values, gradient = self._natural(choice.values), self._natural(best.gradient)
+            wanted = refit_tables(values, choice.tables, gradient, self.hessian.natural, kept)
+            return self._numbers(choice, *wanted)
         scale = refit_scales(
             self._natural(choice.values), choice.scale, self._natural(best.gradient), self.hessian.natural, self.grid
         )
         return replace(choice, scale=scale)
+
+    def _numbers(self, choice: Choice, tables: torch.Tensor, places: torch.Tensor) -> Choice:
+        """Return the choice of numbers at places [IC, rows], in natural order, of other tables, once stored."""
+        stored = self.grid.rounded_tables(tables.T).T.contiguous()
+        values = stored.gather(0, places).index_select(0, self.hessian.order)
+        return replace(choice, values=values if self.kept is None else values * self.kept, tables=stored)
 
     def refine(self, target: torch.Tensor, start: Judged | None = None, rounds: int = ROUNDS) -> Judged:
         """Round and polish; rows for which `start` loses less than what was rounded go on from there.

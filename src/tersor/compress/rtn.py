@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from tersor.compress.outliers import quantize_beside
+from tersor.compress.tables import fit_tables, nearest_codes, store_tables
 from tersor.errors import NonFiniteError
 from tersor.formats import SCALE_DTYPES, Encoded, ScaleError, Scheme, dtype_name, scale_values, store_scales
 
@@ -18,7 +19,7 @@ _FAR_OFF = 1 / 16
 """A scale that differs more than this, relative to the one wanted, costs more than the format's own rounding."""
 
 
-def quantize_rtn(weight: torch.Tensor, scheme: Scheme) -> Encoded:
+def quantize_rtn(weight: torch.Tensor, scheme: Scheme, wanted: torch.Tensor | None = None) -> Encoded:
     """Quantise a weight by rounding to nearest.
 
     Rows do not influence each other, so a matrix may be handed over in blocks of rows.
@@ -26,10 +27,13 @@ def quantize_rtn(weight: torch.Tensor, scheme: Scheme) -> Encoded:
     Args:
         weight: [OC, IC], float16, bfloat16 or float32, any device.
         scheme: element format and scales.
+        wanted: bool [OC, IC], the weights that codes are for, where they are not for all: the others are zero and stay
+            so, or, where there is a table, count for nothing.
 
     Returns:
         The codes, scales and the squared error; a row or group of zeros has scale 0 (E8M0: its smallest scale) and
-        decodes to 0. Where the scheme has outliers the largest weights of every row are those.
+        decodes to 0. A table is that of the least squared error. Where the scheme has outliers the largest weights of
+        every row are those.
 
     Raises:
         NonFiniteError: the weight holds a NaN or an infinity, with its index.
@@ -39,6 +43,8 @@ def quantize_rtn(weight: torch.Tensor, scheme: Scheme) -> Encoded:
     """
     if scheme.outliers is not None:
         return quantize_beside(weight, scheme, quantize_rtn)
+    if scheme.has_table:
+        return _by_tables(weight, scheme, wanted)
     oc, ic = weight.shape
     groups = scheme.groups(ic)
     grouped = weight.reshape(oc, groups, ic // groups).to(torch.float32)
@@ -78,6 +84,33 @@ def quantize_rtn(weight: torch.Tensor, scheme: Scheme) -> Encoded:
         squared_error=_squared_sum(error),
         squared_norm=_squared_sum(grouped),
         underflowed=_underflowed(extent, wanted, scale, scheme),
+    )
+
+
+def _by_tables(weight: torch.Tensor, scheme: Scheme, wanted: torch.Tensor | None) -> Encoded:
+    """Round to nearest with the table of every row that makes the squared error least."""
+    extent = weight.abs().amax(dim=1, keepdim=True).float()
+    _check_finite(weight, extent)
+    rows = weight.float()
+    tables = fit_tables(rows, None if wanted is None else wanted.float())
+    stored = store_tables(tables, scheme)
+    codes = nearest_codes(rows, stored.float())
+    decoded = stored.float().gather(1, codes)
+    if wanted is not None:
+        decoded.mul_(wanted)
+    _check_decoded(decoded.unsqueeze(1), extent, scheme, weight.dtype)
+    largest = tables.abs().amax(dim=1, keepdim=True)
+    ratio = stored.float().abs().amax(dim=1, keepdim=True) / largest
+    small = (largest < torch.finfo(stored.dtype).smallest_normal) & (extent > 0) & ~((ratio - 1).abs() <= _FAR_OFF)
+    error = decoded.sub_(rows)
+    return Encoded(
+        scheme=scheme,
+        codes=codes.to(torch.uint8),
+        scale=stored,
+        zero_point=None,
+        squared_error=_squared_sum(error),
+        squared_norm=_squared_sum(rows),
+        underflowed=tuple(small.flatten().nonzero().flatten().tolist()),
     )
 
 

@@ -17,6 +17,7 @@ import torch
 from tersor.compress.grid import Grid
 from tersor.compress.hessian import BLOCK as BLOCK
 from tersor.compress.hessian import Hessian
+from tersor.compress.tables import nearest_in
 
 Block: TypeAlias = Callable[[int, int], None]
 """Goes over the columns from a first one to one behind the last, at most `BLOCK`; the first is a multiple of that."""
@@ -27,22 +28,32 @@ class Choice:
     """Codes and scales for rows of a weight, with what a scale is for each column worked out block by block.
 
     Attributes:
-        values: float32 [IC, rows], decode(code) - zero point, columns in the Hessian's order.
-        scale: float32 [G, rows], as stored.
+        values: float32 [IC, rows], decode(code) - zero point, or numbers of tables, columns in the Hessian's order.
+        scale: float32 [G, rows], as stored; of tables a row of ones.
         zero_point: float32 [G, rows], 0 where there are none.
+        tables: float32 [size, rows], as stored and rising down; `None` of formats without.
     """
 
     values: torch.Tensor
     scale: torch.Tensor
     zero_point: torch.Tensor
+    tables: torch.Tensor | None = None
+
+    @staticmethod
+    def of_tables(values: torch.Tensor, tables: torch.Tensor) -> Choice:
+        """Return the choice of numbers of tables, which need no scales."""
+        ones = torch.ones_like(tables[:1])
+        return Choice(values, ones, torch.zeros_like(ones), tables)
+
+    @property
+    def parts(self) -> tuple[torch.Tensor, ...]:
+        """The tensors that there are, rows last, in the order of the fields."""
+        parts = (self.values, self.scale, self.zero_point)
+        return parts if self.tables is None else (*parts, self.tables)
 
     def where(self, keep: torch.Tensor, other: Choice) -> Choice:
         """Return this choice for the rows where `keep` [rows] holds, and the other one elsewhere."""
-        return Choice(
-            torch.where(keep, self.values, other.values),
-            torch.where(keep, self.scale, other.scale),
-            torch.where(keep, self.zero_point, other.zero_point),
-        )
+        return Choice(*(torch.where(keep, own, its) for own, its in zip(self.parts, other.parts, strict=True)))
 
     def decoded(self, groups: torch.Tensor) -> torch.Tensor:
         """Return the weights that the choice stands for, float32 [IC, rows]; `groups` [IC] is the group of a column."""
@@ -65,6 +76,7 @@ class Sweep:
         changes: float32 [BLOCK, rows], what a block leaves for those behind it: errors, or changes of weights.
         kept: float32 [IC, rows], 1 where a weight has a value, 0 where it is zero, and was before; `None` where all
             have one.
+        tables: float32 [size, rows], which then have the values there are, in place of the grid.
     """
 
     given: torch.Tensor
@@ -77,6 +89,13 @@ class Sweep:
     values: torch.Tensor
     changes: torch.Tensor
     kept: torch.Tensor | None = None
+    tables: torch.Tensor | None = None
+
+    def nearest(self, wanted: torch.Tensor, low: torch.Tensor, high: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """Return the values nearest to a column, as `Grid.nearest` does."""
+        if self.tables is None:
+            return self.grid.nearest(wanted, low, high, out)
+        return nearest_in(self.tables, wanted, out)
 
     def block(self, start: int, end: int) -> None:
         """Go over the columns of a block by torch."""
@@ -88,7 +107,7 @@ class Sweep:
         if self.before is None:
             columns = zip(*(part.unbind() for part in parts), masks, strict=False)
             for after, (weights, step, low, high, size, out, error, mask) in enumerate(columns, 1):
-                value = self.grid.nearest(weights * step, low, high, out)
+                value = self.nearest(weights * step, low, high, out)
                 if mask is not None:
                     value.mul_(mask)
                 torch.addcmul(weights, value, size, value=-1, out=error)
@@ -97,7 +116,7 @@ class Sweep:
         steps.div_(within.diagonal().unsqueeze(1))
         descending = zip(*(part.unbind() for part in (*parts, self.before[start:end])), masks, strict=False)
         for after, (slope, step, low, high, size, out, change, old, mask) in enumerate(descending, 1):
-            value = self.grid.nearest(torch.addcmul(old, slope, step), low, high, out)
+            value = self.nearest(torch.addcmul(old, slope, step), low, high, out)
             if mask is not None:
                 value.mul_(mask)
             torch.sub(value, old, out=change).mul_(size)
@@ -134,6 +153,7 @@ def round_columns(
     hessian: Hessian,
     groups: torch.Tensor,
     kept: torch.Tensor | None = None,
+    tables: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Round columns in turn, the error of each moved to the columns behind it (GPTQ, arXiv 2210.17323, algorithm 1).
 
@@ -144,6 +164,7 @@ def round_columns(
         hessian: of the inputs.
         groups: int64 [IC], the group of every column.
         kept: float32 [IC, rows], 0 where a value is zero, as `Sweep.kept`.
+        tables: float32 [size, rows], fixed, as `Sweep.tables`.
 
     Returns:
         Values, float32 [IC, rows].
@@ -152,7 +173,7 @@ def round_columns(
     changes, values = torch.empty_like(rest[:BLOCK]), torch.empty_like(rest)
     scale, zero_point = scale.contiguous(), zero_point.contiguous()
     mask = None if kept is None else kept.contiguous()
-    sweep = Sweep(rest, None, scale, zero_point, groups, hessian.moves, grid, values, changes, mask)
+    sweep = Sweep(rest, None, scale, zero_point, groups, hessian.moves, grid, values, changes, mask, tables)
     return _swept(sweep, hessian.behind[0])
 
 
@@ -181,7 +202,8 @@ def descend_columns(
     before, changes, values = choice.values.contiguous(), torch.empty_like(slopes[:BLOCK]), torch.empty_like(slopes)
     scale, zero_point = choice.scale.contiguous(), choice.zero_point.contiguous()
     mask = None if kept is None else kept.contiguous()
-    sweep = Sweep(slopes, before, scale, zero_point, groups, hessian.ordered, grid, values, changes, mask)
+    of = (grid, values, changes, mask, choice.tables)
+    sweep = Sweep(slopes, before, scale, zero_point, groups, hessian.ordered, *of)
     return _swept(sweep, hessian.behind[1])
 
 

@@ -79,7 +79,7 @@ class _Rows:
 
     def __init__(self, layer: Layer, output: OutputHessian, target: torch.Tensor, choice: Choice) -> None:
         self._layer, self._order = layer, output.order
-        self._parts = [part[:, output.order] for part in (choice.values, choice.scale, choice.zero_point)]
+        self._parts = [part[:, output.order] for part in choice.parts]
         self.target = target.T[output.order]
         self.error = self.target - self.decoded(self.of(slice(None)))
 
@@ -90,7 +90,7 @@ class _Rows:
     def put(self, block: slice, choice: Choice) -> None:
         """Take another choice for one block of every piece."""
         pieces = len(self._order)
-        for own, part in zip(self._parts, (choice.values, choice.scale, choice.zero_point), strict=True):
+        for own, part in zip(self._parts, choice.parts, strict=True):
             own[:, :, block] = part.unflatten(1, (pieces, -1))
         self.error[:, block] = self.target[:, block] - self.decoded(choice)
 

@@ -73,7 +73,8 @@ def _said(scheme: Represented) -> tuple[str, str]:
 
 def _codes(scheme: Scheme) -> str:
     group = "row" if scheme.group_size is None else f"group of {scheme.group_size}"
-    codes = f"{scheme.format.name} codes with one {scheme.scale_dtype} scale a {group}"
+    shared = "table" if scheme.has_table else "scale"
+    codes = f"{scheme.format.name} codes with one {scheme.scale_dtype} {shared} a {group}"
     kept = scheme.outliers
     return codes if kept is None else f"{codes} and {kept.percent:g} % of every row kept in {kept.dtype}"
 

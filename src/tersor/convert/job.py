@@ -240,7 +240,7 @@ def quantize(
         if untied:
             rotate(source, seed, trust_remote_code=trust_remote_code)
         chosen_export = get_export(export, model_dtype(source))
-        asked = asked.with_scales(chosen_export.default_scale_dtype).with_outliers_in(model_dtype(source))
+        asked = asked.with_scales(chosen_export.default_scale_dtype).beside(model_dtype(source))
         scheme: Represented = mix or (STAND_IN if target else asked.scheme())
         provenance = making.provenance
         if wanted:

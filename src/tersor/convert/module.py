@@ -24,8 +24,7 @@ from tersor.compress import DEFAULT_RECIPE, get_recipe
 from tersor.convert.pipeline import Progress, row_of
 from tersor.convert.report import Report, Row
 from tersor.errors import FormatError, InputError, NonFiniteError, ShapeError
-from tersor.formats import Outliers, Scheme, dtype_name, get_scheme, store_scales
-from tersor.formats.outliers import DTYPES as OUTLIER_DTYPES
+from tersor.formats import TABLE_DTYPES, Outliers, Scheme, dtype_name, get_scheme, store_scales
 from tersor.hardware import resolve_device
 from tersor.integrations.transformers import live
 from tersor.nn import PackedModule
@@ -88,7 +87,8 @@ def quantize_module(
         dry_run: only report what would be done.
         device: where weights are encoded: `cpu`, `cuda`, `cuda:N` or `auto`; `None` is where each weight is.
         progress: called with bytes done, bytes in all, and a tensor's name.
-        outliers: as there; in the dtype of the model's first parameter where that has 16 bits, else float16.
+        outliers: as there; in the dtype of the model's first parameter where that has 16 bits, else float16, as are
+            tables.
 
     Returns:
         What was done, tensor by tensor, under the names of the model's state dict; experts that transformers holds
@@ -103,11 +103,12 @@ def quantize_module(
         raise InputError(
             f"a module in memory is rounded to nearest: for {algorithm!r} save it, and calibrate the checkpoint"
         )
-    scheme = get_scheme(format, group_size, scale_dtype)
+    dtype = next((dtype_name(one.dtype) for one in model.parameters()), "")
+    own_dtype = dtype if dtype in TABLE_DTYPES else "float16"
+    scheme = get_scheme(format, group_size, scale_dtype, own_dtype)
     if outliers is not None:
-        dtype = next((dtype_name(one.dtype) for one in model.parameters()), "")
-        scheme = replace(scheme, outliers=Outliers.parse(outliers, dtype if dtype in OUTLIER_DTYPES else "float16"))
-    patterns, chosen = parse_ignore(ignore), parse_overrides(overrides, group_size, scale_dtype)
+        scheme = replace(scheme, outliers=Outliers.parse(outliers, own_dtype))
+    patterns, chosen = parse_ignore(ignore), parse_overrides(overrides, group_size, scale_dtype, own_dtype)
     where = None if device is None else resolve_device(device)
     name = type(model).__name__
     if live.linear_shape(model) is not None:
@@ -262,7 +263,7 @@ def _check(model: nn.Module, step: Step) -> None:
         raise NonFiniteError(found[::-1] if turned else found, float(weight[found]), f"{name!r}")
     extent = max(high, 0.0) - min(low, 0.0) if scheme.has_zero_point else max(abs(low), abs(high))
     try:
-        store_scales(torch.tensor([[extent / scheme.format.max]]), scheme)
+        store_scales(torch.tensor([[extent if scheme.has_table else extent / scheme.format.max]]), scheme)
     except FormatError as error:
         raise FormatError(f"{name!r}: {error}") from None
 

@@ -20,8 +20,7 @@ from tersor.checkpoint.names import TORCH_DTYPES, stored_tensors
 from tersor.checkpoint.released import DecodedTensor
 from tersor.checkpoint.source import StoredTensor
 from tersor.errors import InputError
-from tersor.formats import Outliers, Pruned, Scheme, Sparse, get_scheme, plain_values
-from tersor.formats.outliers import DTYPES as OUTLIER_DTYPES
+from tersor.formats import TABLE_DTYPES, Outliers, Pruned, Scheme, Sparse, get_scheme, plain_values
 from tersor.layouts import bitmap
 
 SAMPLED_ROWS = 64
@@ -40,7 +39,7 @@ class Asked:
         format, group_size, scale_dtype, overrides: as `tersor.quantize` takes them.
         looked: whether pruned weights are looked for.
         outliers: as `tersor.quantize` takes them; beside `format`, not in overrides.
-        outlier_dtype: what they are stored in.
+        own_dtype: what they are stored in, and tables for which the user asked for no dtype.
     """
 
     format: str
@@ -49,7 +48,7 @@ class Asked:
     overrides: Mapping[str, Any] | Sequence[str]
     looked: bool = False
     outliers: str | None = None
-    outlier_dtype: str = "float16"
+    own_dtype: str = "float16"
 
     def check(self, sparse: str, obstacle: str) -> Asked:
         """Return the same once it is known whether pruned weights are looked for.
@@ -77,9 +76,9 @@ class Asked:
             return self
         return replace(self, scale_dtype=scale_dtype)
 
-    def with_outliers_in(self, dtype: str) -> Asked:
-        """Return the same with outliers in the model's dtype, where that has 16 bits; else they are float16."""
-        return replace(self, outlier_dtype=dtype) if dtype in OUTLIER_DTYPES else self
+    def beside(self, dtype: str) -> Asked:
+        """Return the same with outliers and tables in the model's dtype, where that has 16 bits; else in float16."""
+        return replace(self, own_dtype=dtype) if dtype in TABLE_DTYPES else self
 
     def scheme(self) -> Alike:
         """Return what weights are represented in that no override finds.
@@ -89,9 +88,9 @@ class Asked:
             FormatError: an unknown format, or options that contradict it; outliers that are no share within reach.
         """
         plain = plain_values(self.format) if isinstance(self.format, str) else None
-        kept = None if self.outliers is None else Outliers.parse(self.outliers, self.outlier_dtype)
+        kept = None if self.outliers is None else Outliers.parse(self.outliers, self.own_dtype)
         if plain is None:
-            scheme = get_scheme(self.format, self.group_size, self.scale_dtype)
+            scheme = get_scheme(self.format, self.group_size, self.scale_dtype, self.own_dtype)
             return self._maybe_sparse(scheme) if kept is None else replace(scheme, outliers=kept)
         if kept is not None:
             raise InputError(f"{plain.name} keeps every weight as it is: outliers stand beside a format of codes")
@@ -105,11 +104,13 @@ class Asked:
         Raises:
             InputError: they cannot be parsed.
         """
-        parsed = parse_overrides(self.overrides, self.group_size, self.scale_dtype)
+        parsed = parse_overrides(self.overrides, self.group_size, self.scale_dtype, self.own_dtype)
         return [replace(one, scheme=self._maybe_sparse(one.scheme)) for one in parsed]
 
     def _maybe_sparse(self, scheme: Alike) -> Alike:
-        return Sparse(scheme) if self.looked and isinstance(scheme, Scheme) else scheme
+        if not self.looked or not isinstance(scheme, Scheme) or scheme.has_table:
+            return scheme
+        return Sparse(scheme)
 
 
 class Survey:

@@ -2,12 +2,13 @@
 
 from tersor.formats.activations import EIGHT_BIT, Activations
 from tersor.formats.dtypes import FLOAT_DTYPES, dtype_name, float_dtype, float_dtype_or_auto
-from tersor.formats.element import ElementFormat, get, names
+from tersor.formats.element import LUTS, ElementFormat, get, names
 from tersor.formats.encoded import Encoded, Objective, dequantize
 from tersor.formats.mix import MOST_LEVELS, Assignment, Mix
 from tersor.formats.outliers import Outliers, add_outliers, cut_outliers, outlier_columns, outlier_values, outlier_words
 from tersor.formats.scheme import (
     SCALE_DTYPES,
+    TABLE_DTYPES,
     ScaleError,
     Scheme,
     get_scheme,
@@ -21,8 +22,10 @@ from tersor.formats.tolerance import product_tolerance
 __all__ = [
     "EIGHT_BIT",
     "FLOAT_DTYPES",
+    "LUTS",
     "MOST_LEVELS",
     "SCALE_DTYPES",
+    "TABLE_DTYPES",
     "Activations",
     "Assignment",
     "ElementFormat",

@@ -1,6 +1,6 @@
 """What does this bit pattern mean? Element formats of 1 to 8 bits, with exact encode and decode.
 
-Three kinds, all named by their bits:
+Kinds, all named by their bits:
 
 - `fp{bits}_e{E}m{M}`: one sign, E exponent and M mantissa bits, from the top bit down; bias 2^(E-1)-1, subnormals
   kept, the top exponent an ordinary number: no infinity, no NaN (FP6-LLM, arXiv 2401.14112, section 2; the 4- and
@@ -8,6 +8,8 @@ Three kinds, all named by their bits:
   so its maximum is 480; codes 0x7f and 0xff, which other libraries read as NaN, are +-480.
 - `int{bits}`: symmetric integers stored as offset binary, code = value + 2^(bits-1).
 - `uint{bits}`: unsigned integers that stand for value - zero point.
+- `lut3`: a code says which of the eight numbers of its row's table the weight is (SqueezeLLM, arXiv 2306.07629). Alone
+  it means nothing: it has neither values nor a way to round.
 """
 
 from __future__ import annotations
@@ -36,7 +38,10 @@ _NAMED = (
     *(f"int{bits}" for bits in range(8, 1, -1)),
     *(f"uint{bits}" for bits in range(8, 0, -1)),
 )
+LUTS = ("lut3",)
+"""The formats whose codes say a place in their row's table."""
 _ALIASES = {"fp6": "fp6_e2m3", "fp5": "fp5_e2m2", "fp4": "fp4_e2m1", "fp3": "fp3_e2m0", "fp8": "fp8_e4m3"}
+_NO_VALUES = "codes of {} have no values without the table of their row"
 _FLOAT_NAME = re.compile(r"fp(\d+)_e(\d+)m(\d+)")
 _INT_NAME = re.compile(r"(u?)int(\d+)")
 
@@ -50,7 +55,7 @@ class ElementFormat:
 
     Attributes:
         name: canonical name, such as `fp6_e3m2`.
-        kind: `float`, `int` (symmetric) or `uint` (with a zero point).
+        kind: `float`, `int` (symmetric), `uint` (with a zero point) or `lut` (a place in a table).
         bits: width of a code, 1 to 8.
         exponent_bits, mantissa_bits: of a float format; both 0 for integers.
     """
@@ -70,7 +75,13 @@ class ElementFormat:
 
     @property
     def max(self) -> float:
-        """The largest magnitude that scaling aims at: the greatest value a code has."""
+        """The largest magnitude that scaling aims at: the greatest value a code has.
+
+        Raises:
+            FormatError: codes have no values, or floats no exponents.
+        """
+        if self.kind == "lut":
+            raise FormatError(_NO_VALUES.format(self.name))
         if self.kind == "float":
             top = (1 << self.exponent_bits) - 1
             if top == 0:
@@ -92,11 +103,15 @@ class ElementFormat:
 
     @property
     def zero_code(self) -> int:
-        """The code that decodes to (positive) zero."""
+        """The code that decodes to (positive) zero; of a table's, which may have no zero, the first."""
         return self.bias if self.kind == "int" else 0
 
     def values(self) -> torch.Tensor:
-        """Return what every code means: float32 [2^bits], indexed by code (a uint's value is its code)."""
+        """Return what every code means: float32 [2^bits], indexed by code (a uint's value is its code).
+
+        Raises:
+            FormatError: codes have no values.
+        """
         return _values(self).clone()
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
@@ -160,6 +175,8 @@ class ElementFormat:
 
 @functools.cache
 def _values(fmt: ElementFormat) -> torch.Tensor:
+    if fmt.kind == "lut":
+        raise FormatError(_NO_VALUES.format(fmt.name))
     codes = torch.arange(1 << fmt.bits, dtype=torch.float64)
     if fmt.kind != "float":
         return (codes - fmt.bias).to(torch.float32)
@@ -180,7 +197,10 @@ def _values_on(fmt: ElementFormat, device: torch.device) -> torch.Tensor:
 
 
 def names() -> tuple[str, ...]:
-    """Return the names of the formats in common use, widest first; `get` takes any other `fp{b}_e{E}m{M}` too."""
+    """Return the names of the formats in common use whose codes have values, widest first.
+
+    `get` takes any other `fp{b}_e{E}m{M}` too, and `LUTS`.
+    """
     return _NAMED
 
 
@@ -202,4 +222,7 @@ def get(name: str) -> ElementFormat:
         bits = int(match.group(2))
         if (1 if match.group(1) else 2) <= bits <= 8:
             return ElementFormat(name, match.group(1) + "int", bits)
-    raise FormatError(f"unknown format {name!r}{did_you_mean(name, _NAMED)} (formats: {', '.join(_NAMED)})")
+    if name in LUTS:
+        return ElementFormat(name, "lut", int(name[-1]))
+    known = (*_NAMED, *LUTS)
+    raise FormatError(f"unknown format {name!r}{did_you_mean(name, known)} (formats: {', '.join(known)})")

@@ -38,7 +38,7 @@ class Encoded:
     Attributes:
         scheme: what codes and scales mean.
         codes: uint8 [OC, IC].
-        scale: [OC, G] in the scheme's scale dtype.
+        scale: [OC, G] in the scheme's scale dtype; of `lut` formats the tables, each from the least number up.
         zero_point: uint8 [OC, G] for `uint` formats, else `None`.
         squared_error: sum over all weights w of (w - dequantised w)^2.
         squared_norm: sum over all weights w of w^2.
@@ -74,7 +74,7 @@ class Encoded:
 def dequantize(
     codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, scheme: Scheme
 ) -> torch.Tensor:
-    """Return float32 weights: scale * (decode(code) - zero point).
+    """Return float32 weights: scale * (decode(code) - zero point), or the scale that a code says.
 
     Args:
         codes: uint8 [rows, IC].
@@ -86,6 +86,8 @@ def dequantize(
         float32 [rows, IC].
     """
     rows, ic = codes.shape
+    if scheme.has_table:
+        return scale_values(scale, scheme).gather(1, codes.to(torch.int64))
     values = scheme.format.decode(codes).view(rows, scheme.groups(ic), -1)
     if zero_point is not None:
         values.sub_(zero_point.unsqueeze(2))

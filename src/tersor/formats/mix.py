@@ -30,6 +30,8 @@ class Mix:
             raise FormatError(f"level {twice[0]} stands there twice: keep one of them")
         if any(level.outliers is not None for level in self.levels):
             raise FormatError("output features of a mix keep no outliers: leave them out")
+        if any(level.has_table for level in self.levels):
+            raise FormatError("output features of a mix have no tables: use lut formats alone")
         if not 1 <= len(keys) <= MOST_LEVELS:
             raise FormatError(f"{len(keys)} levels, expected 1 to {MOST_LEVELS}")
 

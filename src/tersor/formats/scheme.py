@@ -11,7 +11,7 @@ import torch
 
 from tersor.errors import FormatError, did_you_mean
 from tersor.formats.dtypes import FLOAT_DTYPES
-from tersor.formats.element import ElementFormat, get, names
+from tersor.formats.element import LUTS, ElementFormat, get, names
 from tersor.formats.outliers import Outliers
 
 SCALE_DTYPES: dict[str, torch.dtype] = {**FLOAT_DTYPES, "e8m0": torch.uint8}
@@ -20,6 +20,9 @@ SCALE_DTYPES: dict[str, torch.dtype] = {**FLOAT_DTYPES, "e8m0": torch.uint8}
 _E8M0_BIAS = 127
 _E8M0_SMALLEST = 0x00400000
 """The bits of float32 2^-127, a subnormal; every larger power of two is its exponent field alone."""
+
+TABLE_DTYPES = ("float16", "bfloat16")
+"""What the numbers of a row's table may be: those that the tensor cores multiply as they are."""
 
 _MX_GROUP = 32
 
@@ -43,10 +46,12 @@ class ScaleError(FormatError):
 class Scheme:
     """An element format with its scales: weight[oc, ic] = scale[oc, ic // group_size] * decode(code[oc, ic]).
 
+    Of a `lut` format the scales of a row are its table, which rises: weight[oc, ic] = scale[oc, code[oc, ic]].
+
     Attributes:
         format: the element format.
-        group_size: consecutive IC elements that share a scale; `None` is one scale a row.
-        scale_dtype: a key of `SCALE_DTYPES`.
+        group_size: consecutive IC elements that share a scale; `None` is one scale a row, or a table.
+        scale_dtype: a key of `SCALE_DTYPES`; of a table one of `TABLE_DTYPES`.
         outliers: which weights are kept as they are beside the codes; `None` is none.
     """
 
@@ -77,12 +82,19 @@ class Scheme:
         """Whether a uint8 zero point stands beside each scale."""
         return self.format.kind == "uint"
 
+    @property
+    def has_table(self) -> bool:
+        """Whether the scales of a row are a table that codes choose from."""
+        return self.format.kind == "lut"
+
     def groups(self, ic: int) -> int:
-        """Return how many scales a row of `ic` elements has.
+        """Return how many scales a row of `ic` elements has, of a table its numbers.
 
         Raises:
             FormatError: the group size does not divide `ic`.
         """
+        if self.has_table:
+            return 1 << self.format.bits
         if self.group_size is None:
             return 1
         if ic % self.group_size:
@@ -114,13 +126,16 @@ class Scheme:
         return Scheme(get(name), None if group == "row" else int(group[1:]), scale_dtype, outliers)
 
 
-def get_scheme(name: str, group_size: int | None = None, scale_dtype: str | None = None) -> Scheme:
+def get_scheme(
+    name: str, group_size: int | None = None, scale_dtype: str | None = None, table_dtype: str = "float16"
+) -> Scheme:
     """Return the scheme for a format name as users write it.
 
     Args:
         name: an element format (`fp6_e3m2`), or `mx` and one (`mxfp6_e3m2`: groups of 32 with E8M0 scales).
-        group_size: elements that share a scale; `None` is one scale a row (for `mx...`: 32).
-        scale_dtype: `float16` (default), `bfloat16`, `float32` or `e8m0`.
+        group_size: elements that share a scale; `None` is one scale a row (for `mx...`: 32), or a table.
+        scale_dtype: `float16` (default), `bfloat16`, `float32` or `e8m0`; of tables the first two.
+        table_dtype: what tables are in where no scale dtype is asked for: that of the activations that they will meet.
 
     Raises:
         FormatError: unknown names, or options that contradict an `mx` format.
@@ -149,13 +164,21 @@ def get_scheme(name: str, group_size: int | None = None, scale_dtype: str | None
             raise FormatError(
                 f"unknown format {name!r}{did_you_mean(name, scheme_names())} (formats: {known})"
             ) from None
-        if element.kind == "uint":
-            raise FormatError(f"unknown format {name!r}: a Microscaling block has no zero point")
+        if element.kind in ("uint", "lut"):
+            has = "zero point" if element.kind == "uint" else "table"
+            raise FormatError(f"unknown format {name!r}: a Microscaling block has no {has}")
         return Scheme(element, _MX_GROUP, "e8m0")
     element = get(name)
+    if element.kind == "lut" and group_size is not None:
+        raise FormatError(
+            f"{name} has a table for each row, no groups of {group_size}: leave the group size out, or write row in an "
+            "override"
+        )
+    if element.kind == "lut" and scale_dtype not in (None, *TABLE_DTYPES):
+        raise FormatError(f"tables of {name} are {' or '.join(TABLE_DTYPES)}, not {scale_dtype}")
     if element.kind == "uint" and scale_dtype == "e8m0":
         raise FormatError(f"{name} has a zero point, which e8m0 scales do not take: use int{element.bits}")
-    return Scheme(element, group_size, scale_dtype or "float16")
+    return Scheme(element, group_size, scale_dtype or (table_dtype if element.kind == "lut" else "float16"))
 
 
 def _checked_group_size(group_size: Any) -> int | None:
@@ -180,11 +203,11 @@ def _checked_group_size(group_size: Any) -> int | None:
 
 def scheme_names() -> tuple[str, ...]:
     """Return every name `get_scheme` is commonly called with."""
-    return (*names(), "mxfp8_e4m3", "mxfp6_e3m2", "mxfp6_e2m3", "mxfp4_e2m1", "mxint8")
+    return (*names(), *LUTS, "mxfp8_e4m3", "mxfp6_e3m2", "mxfp6_e2m3", "mxfp4_e2m1", "mxint8")
 
 
 def scale_values(scale: torch.Tensor, scheme: Scheme) -> torch.Tensor:
-    """Return stored scales [OC, G] as float32 numbers."""
+    """Return stored scales, or tables, [OC, G] as float32 numbers."""
     if scheme.scale_dtype == "e8m0":
         exponent = scale.to(torch.int32)
         return torch.where(exponent == 0, _E8M0_SMALLEST, exponent << 23).view(torch.float32)

@@ -70,6 +70,8 @@ class Sparse:
     def __post_init__(self) -> None:
         if isinstance(self.values, Scheme) and self.values.outliers is not None:
             raise FormatError("pruned weights keep no outliers")
+        if isinstance(self.values, Scheme) and self.values.has_table:
+            raise FormatError(f"pruned weights have no tables: use another format than {self.values.name}")
 
     @property
     def name(self) -> str:

@@ -13,7 +13,7 @@ from typing import TypeAlias
 
 import torch
 
-from tersor.formats import Activations, Scheme
+from tersor.formats import FLOAT_DTYPES, Activations, Scheme
 from tersor.hardware import Chip
 from tersor.kernels import tune
 from tersor.kernels.jit import Function, KernelSource, tensor_map
@@ -155,8 +155,10 @@ def dequantize_source(packing: Packing) -> KernelSource:
 
 @functools.cache
 def epilogue_source(packing: Packing, gate: int = 0) -> KernelSource:
-    """Return the kernel that scales (where there is one scale a row), biases and rounds a float32 product."""
-    return finish_source(packing.target, packing.scale_bytes // 4 if packing.scheme.group_size is None else 0, gate)
+    """Return the kernel that scales (where there is one scale a row, no table), biases and rounds a float32 product."""
+    scheme = packing.scheme
+    scaled = scheme.group_size is None and not scheme.has_table
+    return finish_source(packing.target, packing.scale_bytes // 4 if scaled else 0, gate)
 
 
 @functools.cache
@@ -307,11 +309,14 @@ def problem_of(
 ) -> tune.LinearProblem:
     """Return the problem that N tokens of 16-bit activations make with a weight of a scheme and a shape, (OC, IC).
 
+    Where it has tables the activations are of their dtype.
+
     Raises:
         FormatError: no kernel decodes the scheme.
     """
     chosen = Activations.of(activations)
-    packing = Packing.beside(chosen, torch.float16, scheme)
+    dtype = FLOAT_DTYPES[scheme.scale_dtype] if scheme.has_table else torch.float16
+    packing = Packing.beside(chosen, dtype, scheme)
     return tune.LinearProblem.of(
         packing, shape, n, aligned=aligned, activations=chosen, batch_invariant=batch_invariant
     )

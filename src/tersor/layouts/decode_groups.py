@@ -8,6 +8,8 @@ epilogue applies (FP6-LLM, arXiv 2401.14112, section 5.3, multiplies each weight
 int8 stands in the top bits of its byte, in two's complement, and so is a number times a power of two; one with a zero
 point stands in the lowest bits, and the zero point is taken from four of them at once. So are integers beside e4m3, of
 which a magnitude of up to 16 becomes a number where it stands: the lowest bits of e4m3 count equal steps up to there.
+Codes that say a place in a table of eight stand in four bits each, eight in a register, where a permutation of bytes
+takes them for selectors: of such a register four with two 16-bit floats are made.
 
 Because rotations overlap, the packed bits are not a permutation of the code bits but a linear map over GF(2). The
 tables were found by annealing for few instructions; `packing` inverts them once.
@@ -60,6 +62,7 @@ _INT_MAGIC = {"float16": 1024, "bfloat16": 128}
 _WORD = 0xFFFFFFFF
 _MOST_SUBTRACTED = {INT8: 128, INT8_GROUPS: 128, FP8: 16}
 """Target -> the largest zero point that any code may be less: to stay in int8, or a number that e4m3 has."""
+_SELECTORS = 0x77777777
 _STEP_OF_E4M3 = 2.0**-9
 _STEPS_OF_E4M3 = 16
 """Up to so many of its smallest steps e4m3 has every number, as the bits of their count."""
@@ -76,15 +79,16 @@ class Finish(enum.IntEnum):
     HALVE = 5
     SUBTRACT_BYTES = 6
     SUBTRACT_TO_E4M3 = 7
+    CHOOSE = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeGroup:
-    """One decode group: `words` packed words give `registers` registers of two or four weights each.
+    """One decode group: `words` packed words give `registers` registers of two, four or, before a table, eight codes.
 
     Attributes:
         words, registers: in and out.
-        mask: where a code's bits stand in a register (the same 16 or 8 bits in each place).
+        mask: where a code's bits stand in a register (the same 16, 8 or 4 bits in each place).
         shift: 0, or the left shift that yields the second register of each row of `terms`.
         raised: 0, or how many places above `mask` the kernels leave the bits of every second register, to divide the
             floats by 2^raised; `outputs` is without that.
@@ -107,6 +111,11 @@ class DecodeGroup:
     exponent: int
     operand: str
 
+    @property
+    def spread(self) -> int:
+        """Registers of numbers that one of codes becomes."""
+        return 4 if self.finish is Finish.CHOOSE else 1
+
     def outputs(self) -> list[list[tuple[int, int]]]:
         """Return, for each register, the (word, left rotation) whose XOR it is, under the mask."""
         rows = []
@@ -124,6 +133,8 @@ class DecodeGroup:
 
 def unsupported_reason(fmt: ElementFormat, target: str) -> str:
     """Return why `fmt` cannot be decoded to `target`, or an empty string when it can."""
+    if fmt.kind == "lut":
+        return "" if target in PAIR_TARGETS else f"tables of {fmt.name} have 16-bit floats, which meet no bytes"
     if _whole(target):
         if fmt.kind == "float":
             return f"{fmt.name} is no integer type: int8 activations need one"
@@ -153,7 +164,9 @@ def decode_group(fmt: ElementFormat, target: str) -> DecodeGroup:
     constant = 0
     raised = 0
     finish = Finish.AS_IS
-    if _whole(target):
+    if fmt.kind == "lut":
+        finish = Finish.CHOOSE
+    elif _whole(target):
         if fmt.kind == "uint":
             finish = Finish.SUBTRACT_BYTES
         else:
@@ -254,7 +267,7 @@ def unplace(fields: torch.Tensor, fmt: ElementFormat, target: str) -> torch.Tens
 
 
 def join(fields: torch.Tensor) -> torch.Tensor:
-    """Return registers (int32) from the fields in the last dimension, two of 16 or four of 8 bits, lowest first."""
+    """Return registers (int32) from the fields in the last dimension, lowest first, which share the 32 bits evenly."""
     width = 32 // fields.shape[-1]
     registers = fields[..., 0].clone()
     for index in range(1, fields.shape[-1]):
@@ -262,9 +275,9 @@ def join(fields: torch.Tensor) -> torch.Tensor:
     return registers
 
 
-def split(registers: torch.Tensor, target: str) -> torch.Tensor:
-    """Undo `join`: return the fields of registers in a new last dimension."""
-    width = _width(target)
+def split(registers: torch.Tensor, fields: int) -> torch.Tensor:
+    """Undo `join`: return so many fields of registers in a new last dimension."""
+    width = 32 // fields
     return torch.stack([(registers >> low) & ((1 << width) - 1) for low in range(0, 32, width)], dim=-1)
 
 
@@ -357,6 +370,8 @@ def _halved(fmt: ElementFormat, operand: str) -> bool:
 
 def _mask(fmt: ElementFormat, operand: str) -> int:
     """Return where the bits of codes stand in a register; 0 where they do not fit."""
+    if fmt.kind == "lut":
+        return _SELECTORS
     width = _WIDTH[operand]
     field = (1 << fmt.bits) - 1
     if fmt.kind == "float":

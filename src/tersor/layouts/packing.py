@@ -34,8 +34,9 @@ class Packing:
         target: the decode target, a key of `decode_groups.TARGETS`.
         group: the decode group: which packed bits become which registers.
         scales_in_block: scales that a row has in a block of 128 input channels; 0 for one scale a row.
-        scale_bytes: bytes that one scale takes in tiles, its zero point included.
-        scale_row_bytes: bytes that the scales of a row take in a block; 0 for one scale a row, which lies elsewhere.
+        scale_bytes: bytes that one scale takes in tiles, its zero point included; of tables those of a row.
+        scale_row_bytes: bytes that the scales of a row take in a block; 0 for one scale, or table, a row, which lies
+            elsewhere.
         factor: what sums of decoded codes are multiplied by, beside the scales.
     """
 
@@ -61,7 +62,9 @@ class Packing:
         group = decode_groups.decode_group(scheme.format, target)
         in_block = scales_in_block(scheme.group_size)
         zero_bytes = 2 if scheme.has_zero_point else 0
-        if scheme.group_size is None:
+        if scheme.has_table:
+            scale_bytes = 2 * scheme.groups(BLOCK_IC)
+        elif scheme.group_size is None:
             scale_bytes = 4 + 2 * zero_bytes  # float32, then a pair of equal 16-bit floats
         else:
             scale_bytes = SCALE_DTYPES[scheme.scale_dtype].itemsize + zero_bytes
@@ -100,7 +103,8 @@ class Packing:
         return {
             "BITS": self.scheme.format.bits,
             "DECODE_WORDS": group.words,
-            "DECODE_REGISTERS": group.registers,
+            "DECODE_REGISTERS": group.registers * group.spread,
+            "DECODE_SPREAD": group.spread,
             "DECODE_MASK": f"{group.mask}u",
             "DECODE_SHIFT": group.shift,
             "DECODE_RAISED": group.raised,
@@ -140,6 +144,8 @@ def activations_of(layout: str) -> Activations:
 def unsupported_reason(scheme: Scheme, target: str) -> str:
     """Return why no kernel decodes a scheme for a target, on whatever GPU, or an empty string when one does."""
     reason = decode_groups.unsupported_reason(scheme.format, target)
+    if not reason and scheme.has_table and scheme.scale_dtype != target:
+        return f"tables of {scheme.scale_dtype} meet {scheme.scale_dtype} activations, not {target}"
     step = 8 * decode_groups.weights_in_register(target)  # input channels that one instruction of the tensor cores adds
     if not reason and scheme.group_size is not None and scheme.group_size % step:
         return f"group size {scheme.group_size} is not a multiple of {step}"

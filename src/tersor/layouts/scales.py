@@ -1,6 +1,7 @@
 """Kernel tiles: scales and zero points, in the order in which kernels/cuda/scales.cuh reads them.
 
-One scale a row is a float32, read once; with a zero point a pair of 16-bit floats follows it. Scales in groups keep
+One scale a row is a float32, read once; with a zero point a pair of 16-bit floats follows it. A table of eight 16-bit
+floats is 16 bytes of its row: the lower bytes of all, then the upper ones. Scales in groups keep
 their stored dtype: for every block of 16 rows by 128 channels, [S, 16] scales, then [S, 16] 16-bit floats where there
 are zero points; blocks stand in the order of the tiles. What stands for a zero point is the number that decoding adds
 to a code (`lanes.zero_constants`).
@@ -33,6 +34,9 @@ def pack(scale: torch.Tensor, zero_point: torch.Tensor | None, packing: Packing,
         FormatError: a zero point that the target's 16-bit floats cannot apply exactly.
     """
     scheme, constants = packing.scheme, None
+    if scheme.has_table:
+        halves = _pad_rows(scale).view(torch.uint8).view(-1, scale.shape[1], 2)
+        return halves.transpose(1, 2).reshape(-1)
     if zero_point is not None:
         constants = decode_groups.zero_constants(zero_point, scheme.format, packing.target)
     if scheme.group_size is None:
@@ -52,6 +56,9 @@ def unpack(packed: torch.Tensor, packing: Packing, shape: tuple[int, int]) -> tu
     oc, scheme = shape[0], packing.scheme
     dtype = SCALE_DTYPES[scheme.scale_dtype]
     constants = None
+    if scheme.has_table:
+        halves = packed.view(-1, 2, packing.scale_bytes // 2)[:oc].transpose(1, 2)
+        return halves.reshape(oc, packing.scale_bytes).view(dtype), None
     if scheme.group_size is None:
         rows = packed.view(-1, packing.scale_bytes)[:oc]
         scale = store_scales(rows[:, :4].contiguous().view(torch.float32), scheme)

@@ -168,6 +168,7 @@ class SparsePacking:
             "DECODE_CONSTANT": f"{self.constant}u",
             "DECODE_WORDS": 1,
             "DECODE_REGISTERS": 1,
+            "DECODE_SPREAD": 1,
             "DECODE_SHIFT": 0,
             "DECODE_RAISED": 0,
             "DECODE_TERMS": "0, 0, -1, 0, -1, 0",

@@ -4,11 +4,11 @@ A block is 16 output rows by 128 input channels. Lane l = 4 g + t holds, for eac
 A fragment of mma.m16n8k16 (PTX ISA 9.0, "Matrix Fragments for mma.m16n8k16"): four registers of two weights, rows g
 and g + 8, channels 2t, 2t+1 and 2t+8, 2t+9. For 8-bit activations a register holds four weights instead and the block
 has four k32 steps: the A fragment of wgmma m64nNk32 (PTX ISA 9.0, "Register Fragments for wgmma.mma_async.m64nNk32"),
-rows g and g + 8, channels 4t to 4t+3 and 4t+16 to 4t+19. These 32 or 16 registers are packed, a decode group at a
-time, into 2 * bits words by the linear map of `lanes`. Words are stored in planes of four for each lane, an odd width
-ends with a plane of two, so that a warp's loads are contiguous. Four blocks, 64 rows, make a unit: what a warpgroup
-multiplies at a time. Units follow each other along IC, then along OC; OC is padded to 64 and IC to 128 with codes of
-zero.
+rows g and g + 8, channels 4t to 4t+3 and 4t+16 to 4t+19. Of codes that choose from tables a register holds all eight
+of a k16 step, those of row g first. These 32, 16 or 8 registers are packed, a decode group at a time, into 2 * bits
+words by the linear map of `lanes`. Words are stored in planes of four for each lane, an odd width ends with a plane of
+two, so that a warp's loads are contiguous. Four blocks, 64 rows, make a unit: what a warpgroup multiplies at a time.
+Units follow each other along IC, then along OC; OC is padded to 64 and IC to 128 with codes of zero.
 """
 
 from __future__ import annotations
@@ -58,6 +58,8 @@ def _pack_rows(codes: torch.Tensor, across: int, packing: Packing) -> torch.Tens
     together = decode_groups.weights_in_register(target)
     axes = padded.view(-1, 2, 8, across, BLOCK_IC // (8 * together), 2, 4, together)
     fragments = axes.permute(0, 3, 2, 6, 4, 5, 1, 7).to(torch.int32)
+    if group.spread > 1:  # one register a step: half and e of row i = 0, then those of row 1
+        fragments = fragments.transpose(5, 6).flatten(5)
     joined = decode_groups.join(decode_groups.place(fragments, fmt, target))
     registers = joined.reshape(-1, _LANES, 2 * fmt.bits // group.words, group.registers)
     words = torch.zeros(*registers.shape[:3], group.words, dtype=torch.int32, device=codes.device)
@@ -100,8 +102,10 @@ def _unpack_rows(tiles: torch.Tensor, across: int, packing: Packing) -> torch.Te
         for word, turn in sources:
             value ^= decode_groups.rotate(words[..., word], turn)
         registers.append(value & mask)
-    fields = decode_groups.split(torch.stack(registers, dim=-1), target)
+    together = decode_groups.weights_in_register(target)
+    fields = decode_groups.split(torch.stack(registers, dim=-1), together * group.spread)
+    if group.spread > 1:
+        fields = fields.unflatten(-1, (2, 2, together)).transpose(-3, -2)
     codes = decode_groups.unplace(fields, fmt, target).to(torch.uint8)
-    together = fields.shape[-1]
     axes = codes.view(-1, across, 8, 4, BLOCK_IC // (8 * together), 2, 2, together).permute(0, 6, 2, 1, 4, 5, 3, 7)
     return axes.reshape(-1, across * BLOCK_IC)

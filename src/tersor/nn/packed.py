@@ -268,7 +268,7 @@ class MultipliedModule(PackedModule):
                 like), `int8`: to int8 likewise, for integer weights (W8A8, W4A8), `int8:g128`: with a scale for
                 each 128 channels of it; `8bit`: whichever `ops.activations_for` names. All take the 8-bit tensor
                 cores of compute capability 9.0 and the reference elsewhere, where `8bit` is refused on a GPU; for how
-                sums are added see docs/formats.md, "Kernel tiles".
+                sums are added see docs/tiles.md.
 
         Raises:
             InputError: no such activations.

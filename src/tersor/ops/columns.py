@@ -17,8 +17,11 @@ from tersor.ops import current, dispatch
 
 
 def serve(sweep: sweeps.Sweep) -> sweeps.Block | None:
-    """Return what launches a kernel for every block of a sweep; `None` without a GPU that has kernels."""
-    if dispatch.kernel_chip(sweep.given.device) is None:
+    """Return what launches a kernel for every block of a sweep; `None` where the torch code goes over them.
+
+    That is so without a GPU that has kernels, and of a weight with tables, which the kernel does not read.
+    """
+    if sweep.tables is not None or dispatch.kernel_chip(sweep.given.device) is None:
         return None
     index = sweep.given.get_device()
     function = jit.get(source_of(sweep), index)
@@ -40,7 +43,8 @@ def load(formats: Iterable[ElementFormat], device: torch.device) -> None:
         CompileError, KernelError, UnsupportedError: as `jit.get`.
     """
     if dispatch.kernel_chip(device) is not None:
-        for descend, format in itertools.product((False, True), dict.fromkeys(formats)):
+        served = dict.fromkeys(format for format in formats if format.kind != "lut")
+        for descend, format in itertools.product((False, True), served):
             jit.get(_source(descend, format), device)
 
 

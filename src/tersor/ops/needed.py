@@ -76,8 +76,8 @@ def linear(
         if few == tokens:
             return
     yield from _matrix(weight.scheme, weight.layout, weight.shape, dtype, gate, tokens, chip, few)
-    packing = Packing.beside(Activations.NATIVE, dtype, weight.scheme)
     for norm in set(norms) - {Norm.NONE}:
+        packing = Packing.beside(Activations.NATIVE, dtype, weight.scheme)
         for n in range(1, min(tokens, tune.MOST_NORMED) + 1):
             config = tune.choose_normed(tune.LinearProblem.of(packing, weight.shape, n), chip)
             if config is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from tersor.formats import LUTS
 from tersor.report.svg import Markup, bar, element, text
 from tersor.report.words import measured, plus_minus, size, times
 
@@ -170,7 +171,8 @@ def _scheme(said: dict[str, Any]) -> str:
     if "scale_dtype" not in said and "group_size" not in said:
         return str(said.get("format"))
     group = said.get("group_size")
-    return f"{said.get('format')}, one {said.get('scale_dtype')} scale a {f'group of {group}' if group else 'row'}"
+    shared = "table" if said.get("format") in LUTS else "scale"
+    return f"{said.get('format')}, one {said.get('scale_dtype')} {shared} a {f'group of {group}' if group else 'row'}"
 
 
 def _words(value: Any) -> str:

@@ -178,7 +178,8 @@ def own_tensors(layer: LinearLayer, form: Form) -> dict[str, TensorSpec]:
 
 
 def _words(scheme: Scheme) -> str:
-    group = "one scale a row" if scheme.group_size is None else f"groups of {scheme.group_size}"
+    shared = "table" if scheme.has_table else "scale"
+    group = f"one {shared} a row" if scheme.group_size is None else f"groups of {scheme.group_size}"
     return scheme.name if scheme.is_mx else f"{scheme.name} with {group} in {scheme.scale_dtype}"
 
 

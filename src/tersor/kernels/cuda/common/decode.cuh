@@ -6,7 +6,8 @@
 // where the table DECODE_TERMS lists a, r, b, s, c, t for each j (b and c are -1 where there is no such term), and word
 // index DECODE_WORDS means the XOR of all words of the group. With DECODE_SHIFT the table has half as many rows and
 // each yields two registers, P & mask and (P << shift) & mask. With DECODE_RAISED every second register keeps its bits
-// that many places above the mask, which saves moving them down; `finish` divides.
+// that many places above the mask, which saves moving them down; `finish` divides. With DECODE_SPREAD of 4 what is masked
+// are eight codes that say places in tables, and `choose` makes four registers of them.
 // tersor/layouts/decode_tables.py holds the tables; decode_groups.py beside it packs so that this comes out right, and says
 // which power of two or offset the numbers still carry.
 //
@@ -26,11 +27,13 @@ namespace decode {
 
 constexpr int kWords = DECODE_WORDS;          // packed words in a group
 constexpr int kRegisters = DECODE_REGISTERS;  // registers a group decodes to
+constexpr int kSpread = DECODE_SPREAD;        // of which so many are made of one that is masked
 constexpr u32 kMask = DECODE_MASK;            // where the codes' bits stand in a register
 constexpr bool kPlain = kMask == ~0u;         // whether all bits of a word are a code's, so that nothing is decoded
 constexpr int kShift = DECODE_SHIFT;          // 0, or the left shift that gives the second register of a row
 constexpr int kRaised = DECODE_RAISED;        // 0, or how much higher the codes stand in every second register
 constexpr int kTerms[] = {DECODE_TERMS};      // a, r, b, s, c, t for each row
+constexpr int kMasked = kRegisters / kSpread;
 
 __device__ __forceinline__ u32 rotate(u32 word, int left) {
     left %= 32;
@@ -50,11 +53,13 @@ __device__ __forceinline__ u32 source(const u32* words, int index) {
     return all;
 }
 
-// Fills registers[kRegisters] with the masked code bits of words[kWords]; `mask` is kMask, wherever it is kept.
+// Fills registers[kRegisters] with the masked code bits of words[kWords], of tables every fourth; `mask` is kMask, wherever
+// it is kept.
 __device__ __forceinline__ void extract(u32* registers, const u32* words, u32 mask = kMask) {
-    constexpr int kRows = kShift == 0 ? kRegisters : kRegisters / 2;
+    constexpr int kRows = kShift == 0 ? kMasked : kMasked / 2;
     static_assert(sizeof(kTerms) / sizeof(int) == 6 * kRows, "DECODE_TERMS must have six entries a row");
     static_assert(kRaised == 0 || kShift == 0, "a register is moved or raised");
+    static_assert(kSpread == 1 || (kRaised == 0 && kShift == 0), "codes of tables stand where they are read");
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
         const int raised = row % 2 * kRaised;
@@ -66,7 +71,7 @@ __device__ __forceinline__ void extract(u32* registers, const u32* words, u32 ma
             }
         }
         if constexpr (kShift == 0) {
-            registers[row] = p & mask << raised;
+            registers[row * kSpread] = p & mask << raised;
         } else {
             registers[2 * row] = p & mask;
             registers[2 * row + 1] = (p << kShift) & mask;
@@ -100,6 +105,35 @@ __device__ __forceinline__ u32 subtract_to_e4m3(u32 codes, u32 zeros) {
     return magnitudes + ((~magnitudes & kTops) >> 7);
 }
 
+// Of the eight bytes of `low` and `high` those that the lower four nibbles of `selectors` say.
+__device__ __forceinline__ u32 permute(u32 low, u32 high, u32 selectors) {
+#ifdef __CUDACC__
+    return ptx::permute(low, high, selectors);
+#else
+    u32 four = 0;
+    for (int i = 0; i < 4; ++i) {
+        const u32 place = selectors >> 4 * i & 7;
+        four |= ((place < 4 ? low >> 8 * place : high >> 8 * (place - 4)) & 0xFFu) << 8 * i;
+    }
+    return four;
+#endif
+}
+
+// Eight codes in four[0], those of one row in its lower half, become the pairs of numbers that they say: of the first row
+// in registers 0 and 2, of the second in 1 and 3. A row has four registers of tables: the lower bytes of its eight numbers,
+// then the upper ones.
+__device__ __forceinline__ void choose(u32* four, const u32* tables) {
+    const u32 codes = four[0];
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+        const u32* table = tables + 4 * row;
+        const u32 own = row == 0 ? codes : codes >> 16;
+        const u32 lower = permute(table[0], table[1], own), upper = permute(table[2], table[3], own);
+        four[row] = permute(lower, upper, 0x5140u);
+        four[row + 2] = permute(lower, upper, 0x7362u);
+    }
+}
+
 #ifdef __CUDACC__
 
 // What turns masked code bits into numbers; the names are those of tersor.layouts.decode_groups.Finish.
@@ -112,9 +146,11 @@ enum Finish {
     kHalve = 5,        // half of a float with fp16's exponents, of which the top one is an ordinary number
     kSubtractBytes = 6,  // four codes less their row's zero point, as int8
     kSubtractToE4m3 = 7,  // the same, or less the offset of their format, as e4m3
+    kChoose = 8,       // what codes say in the table of their row (`choose`)
 };
 
-static_assert(DECODE_FINISH >= kAsIs && DECODE_FINISH <= kSubtractToE4m3, "DECODE_FINISH is a Finish");
+static_assert(DECODE_FINISH >= kAsIs && DECODE_FINISH <= kChoose, "DECODE_FINISH is a Finish");
+static_assert((DECODE_FINISH == kChoose) == (kSpread == 4), "tables make four registers of one");
 
 // The mask for a loop that calls `extract`. An instruction has room for one constant; where the power of two above an
 // integer's bits is one, ptxas fetches the mask anew each time unless it seems to come from a variable: `count` >= 0.

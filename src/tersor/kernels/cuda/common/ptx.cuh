@@ -13,6 +13,14 @@ __device__ __forceinline__ u32 shared_address(const void* pointer) {
     return static_cast<u32>(address);
 }
 
+// Byte s of the eight of `low` and `high` for each of four selectors s, four bits each from the lowest on, of which the
+// highest is clear; __byte_perm would clear it first.
+__device__ __forceinline__ u32 permute(u32 low, u32 high, u32 selectors) {
+    u32 result;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(low), "r"(high), "r"(selectors));
+    return result;
+}
+
 // The highest bit of every byte, in all bits of that byte; __byte_perm has no such selectors.
 __device__ __forceinline__ u32 repeat_signs(u32 bytes) {
     u32 signs;

@@ -1,7 +1,7 @@
 // How a lane reads its scales and zero points: the same layout as in tersor/layouts/scales.py.
 //
 // A lane's registers belong to two rows, by turns: `row` and `row` + 8. With one scale a row the scales are float32,
-// each followed by a pair of 16-bit floats where there are zero points. In groups, a block of 16 rows by 128 channels
+// each followed by a pair of 16-bit floats where there are zero points; a table has four words in place of that. In groups, a block of 16 rows by 128 channels
 // has [SCALE_GROUPS][16] scales of SCALE_TYPE, then as many 16-bit floats where there are zero points. What stands for
 // a zero point is the number that decode::finish adds to a code or, of codes that become int8, the zero point twice.
 //
@@ -23,7 +23,8 @@ constexpr int kSteps = tile::kSteps / (kGroups > 0 ? kGroups : 1);  // k16 steps
 constexpr int kBytes = SCALE_TYPE == kFloat32 ? 4 : SCALE_TYPE == kE8m0 ? 1 : 2;
 constexpr int kZeroOffset = kGroups * tile::kRows * kBytes;
 constexpr int kBlockBytes = kZeroOffset + (kZeroPoints ? kGroups * tile::kRows * 2 : 0);
-constexpr int kRowWords = kZeroPoints ? 2 : 1;  // of one scale a row
+constexpr bool kTables = decode::kSpread > 1;
+constexpr int kRowWords = kTables ? 4 : kZeroPoints ? 2 : 1;  // of one scale, or table, a row
 
 static_assert(SCALE_TYPE >= kFloat32 && SCALE_TYPE <= kE8m0, "SCALE_TYPE is a Type");
 static_assert(kGroups == 0 || tile::kSteps % kGroups == 0, "a scale covers whole k16 steps");
@@ -42,17 +43,27 @@ __device__ __forceinline__ float in_block(const char* block, int group, int row)
     }
 }
 
-// One scale a row: that of a row of the matrix.
-__device__ __forceinline__ float of_row(const float* scales, int row) { return scales[row * kRowWords]; }
+// One scale a row: that of a row of the matrix. What comes of a table needs none.
+__device__ __forceinline__ float of_row(const float* scales, int row) { return kTables ? 1.0f : scales[row * kRowWords]; }
 
-// What decode::finish adds to the codes of a lane's two rows, with one scale a row. The registers of the second row are
-// those that may be raised.
+// What decode::finish adds to the codes of a lane's two rows, with one scale a row, or the tables of those. The registers
+// of the second row are those that may be raised.
 struct RowOffsets {
-    u32 pairs[2] = {DECODE_CONSTANT, decode::raise(DECODE_CONSTANT)};
+    u32 pairs[kTables ? 8 : 2] = {DECODE_CONSTANT, decode::raise(DECODE_CONSTANT)};
 };
 
 __device__ __forceinline__ RowOffsets row_offsets(const float* scales, int row, int rows) {
     RowOffsets offsets;
+    if constexpr (kTables) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const uint4 table = reinterpret_cast<const uint4*>(scales)[min(row + 8 * half, rows - 1)];
+            offsets.pairs[4 * half] = table.x;
+            offsets.pairs[4 * half + 1] = table.y;
+            offsets.pairs[4 * half + 2] = table.z;
+            offsets.pairs[4 * half + 3] = table.w;
+        }
+    }
     if constexpr (kZeroPoints && kGroups == 0) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -73,15 +84,20 @@ __device__ __forceinline__ u32 zero_bytes(const char* block, int group, int row)
 template <bool kBf16>
 __device__ __forceinline__ void finish(
     u32* registers, int step, const char* block, int row, const RowOffsets& offsets) {
+    if constexpr (kTables) {
 #pragma unroll
-    for (int i = 0; i < decode::kRegisters; ++i) {
-        u32 offset = offsets.pairs[i % 2];
-        if constexpr (kZeroPoints && kGroups > 0) {
-            const u16* zeros = reinterpret_cast<const u16*>(block + kZeroOffset);
-            offset = zeros[(step + i / 4) / kSteps * tile::kRows + row + i % 2 * 8] * 0x00010001u;
-            if (i % 2 == 1) offset = decode::raise(offset);
+        for (int i = 0; i < decode::kRegisters; i += decode::kSpread) decode::choose(registers + i, offsets.pairs);
+    } else {
+#pragma unroll
+        for (int i = 0; i < decode::kRegisters; ++i) {
+            u32 offset = offsets.pairs[i % 2];
+            if constexpr (kZeroPoints && kGroups > 0) {
+                const u16* zeros = reinterpret_cast<const u16*>(block + kZeroOffset);
+                offset = zeros[(step + i / 4) / kSteps * tile::kRows + row + i % 2 * 8] * 0x00010001u;
+                if (i % 2 == 1) offset = decode::raise(offset);
+            }
+            registers[i] = decode::finish<kBf16>(registers[i], offset, i % 2 == 1);
         }
-        registers[i] = decode::finish<kBf16>(registers[i], offset, i % 2 == 1);
     }
 }
 

@@ -5,13 +5,6 @@
 
 namespace ptx {
 
-// Byte s of the eight of `low` and `high` for each of four selectors s, four bits each from the lowest on.
-__device__ __forceinline__ u32 permute(u32 low, u32 high, u32 selectors) {
-    u32 result;
-    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(low), "r"(high), "r"(selectors));
-    return result;
-}
-
 // The 32 bits of two words from bit `by` % 32 on.
 __device__ __forceinline__ u32 shift_around(u32 low, u32 high, u32 by) {
     u32 result;
