@@ -27,7 +27,7 @@ REPLACED = {
     "sparse/instructions.cuh": "emulated_mixed.hpp",
 }
 """Headers, and what has all of them that is used."""
-EXTERN = {"mixed/sm90_mixed.cuh", "sparse/sm90_decompress.cuh", "sparse/sm90_sparse.cuh"}
+EXTERN = {"dense/sm90_linear.cuh", "mixed/sm90_mixed.cuh", "sparse/sm90_decompress.cuh", "sparse/sm90_sparse.cuh"}
 """Headers whose dynamic shared memory has a name of its own."""
 SLOTS = (
     "extern __shared__ __align__(1024) char slots[];",
@@ -104,7 +104,7 @@ def _translation(source: KernelSource, arch: int) -> str:
     language = "emulated.hpp" if source.header.startswith("attention/") else "emulated_block.hpp"
     if source.header.startswith("attention/sm90"):
         language = "emulated_sm90.hpp"
-    elif source.header.startswith(("mixed/", "sparse/")):
+    elif source.header.startswith(("dense/sm90_linear", "mixed/", "sparse/")):
         language = "emulated_mixed.hpp"
     names = [f"a{i}" for i in range(len(source.arguments))]
     given = [

@@ -20,6 +20,10 @@ _STEP = 16
 `sm90.WIDE_STEP` beyond `sm90.MANY_TOKENS`: as many fill the same tiles, whose tokens are such multiples."""
 
 
+ROUND_ROW_BYTES = 4
+"""Bytes that a round of outliers takes of each row of a block, beside codes and scales."""
+
+
 def choose(problem: LinearProblem, chip: Chip) -> LinearConfig:
     """Choose the fused kernel's configuration: measured where a table knows, by predicted time elsewhere.
 
@@ -53,6 +57,31 @@ def choose_normed(problem: LinearProblem, chip: Chip) -> LinearConfig | None:
         return usual
     options = [config for config in sm90.candidates(problem, chip) if takes_norms(config)]
     return min(options, key=lambda config: schedules.seconds(problem, config, chip), default=None)
+
+
+def takes_outliers(config: LinearConfig) -> bool:
+    """Tell whether the kernel of a configuration may add outliers: its threads have room for a second set of sums."""
+    native = config.activations is Activations.NATIVE
+    return config.schedule == SM90 and native and config.cluster == 1 and sm90.tile_of(config).grouped
+
+
+def choose_beside(problem: LinearProblem, rounds: int, chip: Chip) -> LinearConfig | None:
+    """Choose as `choose` of the configurations that may add outliers; `None` where there are none.
+
+    Args:
+        problem: of the dense part.
+        rounds: of outliers that a block has room for in a slot (`layouts.outliers`).
+        chip: the GPU.
+
+    Raises:
+        InputError: as `choose`.
+    """
+    wider = replace(problem, n=filled(problem.n), scale_bytes=problem.scale_bytes + ROUND_ROW_BYTES * rounds)
+    usual = choose(wider, chip)
+    if takes_outliers(usual):
+        return usual
+    options = [config for config in sm90.candidates(wider, chip) if takes_outliers(config)]
+    return min(options, key=lambda config: schedules.seconds(wider, config, chip), default=None)
 
 
 def choices(problem: LinearProblem, chip: Chip, beyond: int = 0) -> Iterator[LinearConfig]:

@@ -106,7 +106,7 @@ extern "C" __global__ void __launch_bounds__(linear::kThreads, RESIDENT) TERSOR_
         meet();
         if (ptx::elect()) {
             if (warp == 0) {
-                copy_weights<true>(weights, work, 0, weight);
+                copy_weights<Part::kCodes>(weights, work, 0, weight);
                 if (following != nullptr) fetch_experts(work, following, following_bytes);
             }
             if (warp == 1) {
@@ -116,7 +116,7 @@ extern "C" __global__ void __launch_bounds__(linear::kThreads, RESIDENT) TERSOR_
                     copy_activations(xs, work, 0, x_map, x_rows, x_scale, 0);
                 }
             }
-            if (kGroups > 0 && warp == 2) copy_weights<false>(weights, work, 0, scale);
+            if (kGroups > 0 && warp == 2) copy_weights<Part::kScales>(weights, work, 0, scale);
         }
     } else {
         meet();
