@@ -106,6 +106,7 @@ __device__ __forceinline__ void run_cta(
                 run_item(work, item, rank, weights, xs, shared, of, before, gathered);
             });
         };
+        if constexpr (kOutliers) fetch_further(of.kept, make(), rank);
         if constexpr (kPlaced) {
             run(*kept);
         } else {

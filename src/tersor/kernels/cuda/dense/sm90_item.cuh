@@ -66,7 +66,6 @@ __device__ __forceinline__ void run_item(
     };
 #if !BYTES
     const Beside<Work> beside(work, slots, of.kept, of.row_scales, of.factor);
-    if constexpr (kOutliers) fetch_further(of.kept, work, item);
     if constexpr (kFew) {
         float turns[kRowGroups][kSums];
         multiply_few(turns, weights, xs, slots, use, count, of.row_scales, item.first_row, work.oc, beside);

@@ -49,16 +49,20 @@ __device__ __forceinline__ const uint4* further(const char* kept, const Work& wo
     return reinterpret_cast<const uint4*>(firsts(kept, work) + (kept_units(work) + 4) / 4 * 4);
 }
 
-// The warps that multiply: the further rounds of an item's rows go to L2 while the rings fill.
+// The warps that multiply: the further rounds of all items go to L2 while the rings fill, each item's by a warp.
 template <typename Work>
-__device__ __forceinline__ void fetch_further(const char* kept, const Work& work, const Item& item) {
-    const u32* first = firsts(kept, work) + item.first_row / tile::kUnitRows;
+__device__ __forceinline__ void fetch_further(const char* kept, const Work& work, int rank) {
     const char* rounds = reinterpret_cast<const char*>(further(kept, work));
-    const u32 last = __ldg(first + kRowGroups);
-    for (u32 i = __ldg(first) + threadIdx.x; i < last; i += kConsumers) {
-        ptx::prefetch(rounds + static_cast<long long>(i) * kRoundBytes);
-        ptx::prefetch(rounds + static_cast<long long>(i) * kRoundBytes + kRoundBytes / 2);
-    }
+    u32 turn = 0;
+    for_items(work, rank, [&](const Item& item) {
+        if (turn++ % (kConsumers / 32) != threadIdx.x / 32) return;
+        const u32* first = firsts(kept, work) + item.first_row / tile::kUnitRows;
+        const u32 last = __ldg(first + kRowGroups);
+        for (u32 i = __ldg(first) + threadIdx.x % 32; i < last; i += 32) {
+            ptx::prefetch(rounds + static_cast<long long>(i) * kRoundBytes);
+            ptx::prefetch(rounds + static_cast<long long>(i) * kRoundBytes + kRoundBytes / 2);
+        }
+    });
 }
 
 // Where the activations of an outlier begin that stands at the lower half of `place`; `x`, from the first slot on, is the
