@@ -4,8 +4,8 @@
     python bench/outliers.py --percent 0.1,0.5,1 --tokens 8,16,32 --shapes 8192x8192 --ways dense,outliers
 
 For each number of tokens: microseconds of the dense part alone, with outliers as `ops.linear` has them, and with the
-small kernel ahead, as older GPUs and batch-invariant calls have it; medians of CUDA graphs with programmatic dependence that walk over copies of the
-weight (`tersor.bench.timing`). Results are checked against float32 once.
+small kernel ahead, as older GPUs and batch-invariant calls have it; medians of CUDA graphs with programmatic dependence
+that walk over copies of the weight (`tersor.bench.timing`). Results are checked against float32 once.
 """
 
 from __future__ import annotations
