@@ -7,6 +7,7 @@ any number of outliers may stand in a block.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -28,6 +29,7 @@ _SPREAD = 1.7
 """Standard deviations above the mean for which a block's own rounds have room, as if places were drawn."""
 
 
+@functools.cache
 def rounds_of(kept: Outliers, ic: int) -> int:
     """Return the rounds that every block has a place for where rows of `ic` channels keep a share of their weights."""
     mean = BLOCK_OC * kept.per_row(ic) / max(1, ic_blocks(ic))

@@ -8,6 +8,7 @@
 #include "common/scales.cuh"
 #include "common/tensor_map.cuh"
 #include "dense/sm90_item.cuh"
+#include "dense/sm90_outliers.cuh"
 #include "dense/sm90_pipeline.cuh"
 
 namespace linear {

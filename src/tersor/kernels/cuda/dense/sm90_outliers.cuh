@@ -109,10 +109,12 @@ struct Beside {
     __device__ __forceinline__ Beside(
         const Work& work, const char* slots, const char* kept, const float* row_scales, float factor)
         : work(work), slots(slots), kept(kept), row_scales(row_scales), factor(factor) {
-        const u32 lane = threadIdx.x % 32;
-        row = ptx::kept(lane / 4 * 0x00800080u);
-        x = ptx::kept(lane / 4 * (128 + 16));
-        quad = ptx::kept(lane % 4 * 16);
+        if constexpr (kOutliers) {
+            const u32 lane = threadIdx.x % 32;
+            row = ptx::kept(lane / 4 * 0x00800080u);
+            x = ptx::kept(lane / 4 * (128 + 16));
+            quad = ptx::kept(lane % 4 * 16);
+        }
     }
 
     // What parts of a row's sums are multiplied by beside their scales in groups.
