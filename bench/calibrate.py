@@ -3,16 +3,19 @@
     python bench/calibrate.py                                            # four layers of Llama-3-8B
     python bench/calibrate.py --geometry llama-3-70b --layers 1 --paths high
     python bench/calibrate.py --paths mix --layers 2
+    python bench/calibrate.py --paths normal,outliers,pruned --layers 2 --output calibrate_masks_h200
 
 A checkpoint of random weights with a few layers of the geometry is written first, and a text of random words. Then
-`tersor.quantize` runs as each path says: `normal` is `--algorithm gptq`, `high` has `--effort high` beside it, `mix` is
-the search for a mix, round to nearest beneath it. The clock is read whenever a block has passed through one of the
-phases: `forward` and `backward` (of `mix` with the scores), which go ahead, and `codes`, which is what `gptq` alone
-takes. A whole model takes what a block took of each phase, the median of all but the first (which compiles kernels),
-times its blocks, and once what it takes to read the text and to begin, and to go through the output head. Writing the
-checkpoint is `writing`, and in no sum: it is the same without calibration. GPU memory is the most that torch held for
-tensors, host memory the most that the process had since it started, so that paths are run from the smallest to the
-largest. With `--device cpu` a tiny geometry runs through the same code and nothing is written.
+`tersor.quantize` runs as each path says: `normal` is `--algorithm gptq`, `high` has `--effort high` beside it, `mix`
+is the search for a mix, round to nearest beneath it. `outliers` has 0.5 % of them beside `normal`'s codes, and
+`pruned` is `tersor.prune` with half of the weights and six bits: weights with a mask, both of them. The clock is read
+whenever a block has passed through one of the phases: `forward` and `backward` (of `mix` with the scores), which go
+ahead, and `codes`, which is what `gptq` alone takes. A whole model takes what a block took of each phase, the median
+of all but the first (which compiles kernels), times its blocks, and once what it takes to read the text and to begin,
+and to go through the output head. Writing the checkpoint is `writing`, and in no sum: it is the same without
+calibration. GPU memory is the most that torch held for tensors, host memory the most that the process had since it
+started, so that paths are run from the smallest to the largest. With `--device cpu` a tiny geometry runs through the
+same code and nothing is written.
 """
 
 from __future__ import annotations
@@ -42,10 +45,18 @@ PATHS: dict[str, dict[str, Any]] = {
     "normal": {"algorithm": "gptq"},
     "mix": {"algorithm": "rtn", "target_bits": 4.5},
     "high": {"algorithm": "gptq", "effort": "high"},
+    "outliers": {"algorithm": "gptq", "outliers": "0.5%"},
+    "pruned": {"sparsity": 0.5, "values": "fp6"},
 }
-PHASES = {"normal": ("codes",), "mix": ("forward", "backward"), "high": ("forward", "backward", "codes")}
+PHASES = {
+    **dict.fromkeys(("normal", "outliers", "pruned"), ("codes",)),
+    "mix": ("forward", "backward"),
+    "high": ("forward", "backward", "codes"),
+}
 """What every block passes through, in order; the first block needs no gradient, and passes through `backward` in a mix
 alone."""
+USUAL = ("normal", "mix", "high")
+"""Paths that are run if none is named."""
 _WORDS = 8192
 _CALIBRATED = ("calibration", "scores of output features")
 """What progress is called while a model is calibrated."""
@@ -56,7 +67,7 @@ def main(words: list[str] | None = None) -> list[dict[str, Any]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--geometry", default="llama-3-8b", choices=["llama-3-8b", "llama-3-70b"])
     parser.add_argument("--layers", type=int, default=4, help="decoder blocks of the checkpoint")
-    parser.add_argument("--paths", default=",".join(PATHS), help=f"of {', '.join(PATHS)}, separated by commas")
+    parser.add_argument("--paths", default=",".join(USUAL), help=f"of {', '.join(PATHS)}, separated by commas")
     parser.add_argument("--format", default="uint4", help="of the weights, where there is no mix")
     parser.add_argument("--group-size", type=int, default=128, help="0 for one scale a row")
     parser.add_argument("--windows", type=int, default=128)
@@ -109,7 +120,8 @@ def write(config: dict[str, Any], folder: Path, given: argparse.Namespace) -> No
 def timed(path: str, folder: Path, blocks: int, given: argparse.Namespace) -> dict[str, Any]:
     """Compress the checkpoint as a path says, and return what it took."""
     options = dict(PATHS[path])
-    if "target_bits" not in options:
+    prunes = "sparsity" in options
+    if "target_bits" not in options and not prunes:
         options |= {"format": given.format, "group_size": given.group_size or None}
     clock = [time.perf_counter()]
 
@@ -119,7 +131,7 @@ def timed(path: str, folder: Path, blocks: int, given: argparse.Namespace) -> di
 
     if given.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    tersor.quantize(
+    (tersor.prune if prunes else tersor.quantize)(
         folder / "model",
         folder / "out",
         calibration=folder / "text.txt",

@@ -6,8 +6,9 @@ Names are those of `recipes.recipes`, with the way of running behind @ as in res
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
-from recipes import TRANSFORMED
+from recipes import TRANSFORMED, VALUES
 
 MODELS = {"small": "a model of 27.8 M parameters", "smollm2": "SmolLM2-135M-Instruct"}
 """Name in results -> what the model is, in the order of the tables."""
@@ -23,11 +24,13 @@ class Nearer:
         first: the better one.
         other: what it is compared with.
         quantity: `kl`, the divergence from the original, or `log_perplexity`.
+        slack: the share of the other's that the first may have more, of `kl`.
     """
 
     first: str
     other: str
     quantity: str = "kl"
+    slack: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +85,7 @@ class Target:
 
 _E2M3, _E3M2, _FP5 = "fp6_e2m3-row", "fp6_e3m2-row", "fp5_e2m2-row"
 _RTN8, _GPTQ8 = f"{_E2M3}-rtn", f"{_E2M3}-gptq"
+_HALF = "admm-50"
 _WAYS = ("", "@activations=fp8", "@kv-dtype=fp8", "@activations=fp8,kv-dtype=fp8")
 
 CLAIMS = {
@@ -152,6 +156,20 @@ CLAIMS = {
     "transforms": Claim(
         tuple(dict.fromkeys(label for base, name in TRANSFORMED for label in (base, f"{base}-{name}"))),
         tuple(Nearer(f"{base}-{name}", base) for base, name in TRANSFORMED),
+    ),
+    "pruned": Claim(
+        (
+            *("magnitude-50", "wanda-50", "sparsegpt-50", _HALF, f"{_HALF}-allocate"),
+            *(f"{_HALF}-{values}" for values in VALUES),
+            *("int4-g-gptq", _GPTQ8),
+        ),
+        (
+            *(Nearer(better, worse) for worse, better in pairwise(("magnitude-50", "wanda-50", "sparsegpt-50", _HALF))),
+            Nearer(f"{_HALF}-allocate", _HALF),
+            Nearer(f"{_HALF}-fp6_e2m3", _HALF, slack=0.03),
+            Nearer(_HALF, _GPTQ8),
+            Nearer(f"{_HALF}-fp6_e2m3", "int4-g-gptq"),
+        ),
     ),
 }
 """Claim -> its table, in the order of the page."""

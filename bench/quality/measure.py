@@ -18,6 +18,7 @@ from recipes import Recipe
 
 import tersor
 from tersor import evaluate, nn
+from tersor.checkpoint.source import stated_dtype
 from tersor.compress.hessian import exact_products
 from tersor.convert.calibrate.store import LOG_NAME
 from tersor.convert.calibrate.text import read_windows
@@ -169,6 +170,8 @@ class Bench:
         place = setting.scratch / recipe.name
         options = {key: value for key, value in recipe.options.items() if value is not None}
         facts["options"] = dict(options)
+        if recipe.verb == "prune":  # plain values keep the dtype that they are stored in, whatever blocks compute in
+            options.setdefault("values", stated_dtype(json.loads((setting.model / "config.json").read_text())))
         if recipe.calibrated:
             options |= {
                 "calibration": calibration.path,
@@ -183,7 +186,7 @@ class Bench:
                 mixing = mixllm.choose(source, ids, setting.group, recipe.mixllm, self.device)
                 options["assignments"] = mixing.assignments
                 facts["mix"] = _mix_facts(mixing.to_dict())
-            tersor.quantize(source, place, device=setting.device, **options)
+            getattr(tersor, recipe.verb)(source, place, device=setting.device, **options)
         if (place / MIX_NAME).exists():
             facts["mix"] = _mix_facts(json.loads((place / MIX_NAME).read_text()))
         if (place / LOG_NAME).exists():
@@ -261,15 +264,13 @@ def _mix_facts(mix: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _log_facts(log: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what is kept of a calibration's log: how many layers there are, and what it did to their losses."""
+    """Return what is kept of a calibration's log: how many layers there are, and what it did to the losses of codes."""
+    facts = {"calibrated_on": log["computed_on"], "layers": len(log["layers"])}
     ratios = [
         line["objective_after"] / line["objective_before"]
         for line in log["layers"]
         if line.get("objective_before", 0) > 0
     ]
-    return {
-        "calibrated_on": log["computed_on"],
-        "layers": len(log["layers"]),
-        "worst_layer": _short(max(ratios, default=1.0)),
-        "mean_layer": _short(sum(ratios) / max(len(ratios), 1)),
-    }
+    if ratios:
+        facts |= {"worst_layer": _short(max(ratios)), "mean_layer": _short(sum(ratios) / len(ratios))}
+    return facts

@@ -1,7 +1,7 @@
-"""What is measured: recipes, each one call of `tersor.quantize` and the ways in which its checkpoint then runs.
+"""What is measured: recipes, each one call of `tersor.quantize` or `tersor.prune`, and how its checkpoint then runs.
 
 To measure something else, add it to `recipes`: its options are handed on as they are, so that a row can be whatever
-`tersor.quantize` does.
+these calls do.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
+
+from tersor.compress.prune import get_algorithm
 
 ROWS = ("fp4_e2m1", "fp5_e2m2", "fp6_e3m2", "fp6_e2m3")
 """Formats with one scale a row."""
@@ -39,6 +41,10 @@ TRANSFORMED = (
 OUTLIERS = "0.5%"
 BESIDE = ("int4-g-rtn", "int4-g-gptq", "uint4-g-gptq", "uint3-g-gptq", "fp4_e2m1-row-rtn", "fp4_e2m1-row-gptq")
 """Recipes that are measured with so many outliers, too."""
+SPARSITY = 0.5
+"""The share of zeros of pruned models."""
+VALUES = ("fp8_e4m3", "fp6_e2m3", "int4")
+"""What weights that stay are stored as, beside the model's dtype."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +53,9 @@ class Recipe:
 
     Attributes:
         name: of the recipe, of its checkpoint's directory and, in results, of its rows.
-        options: of `tersor.quantize`; empty for the model as it is.
+        options: of the call; empty for the model as it is.
         calibrated: whether it is given the calibration text.
+        verb: the call, `quantize` or `prune`.
         mixllm: true bits a weight of a mix by MixLLM's score and count rule, in place of our levels.
         ways: how the checkpoint runs, as behind the @ of `tersor eval`; empty is with 16-bit activations.
     """
@@ -56,6 +63,7 @@ class Recipe:
     name: str
     options: Mapping[str, Any] = field(default_factory=dict)
     calibrated: bool = False
+    verb: str = "quantize"
     mixllm: float | None = None
     ways: tuple[str, ...] = ("",)
 
@@ -84,6 +92,7 @@ def recipes(group: int) -> list[Recipe]:
     known = {one.name: one for one in found}
     found += [transformed(known[base], name) for base, name in TRANSFORMED]
     found += [beside(known[base]) for base in BESIDE]
+    found += pruned()
     every = [Recipe(ORIGINAL, ways=(KV,)), *(replace(one, ways=WAYS.get(one.name, one.ways)) for one in found)]
     return sorted(every, key=lambda one: not any(KV in way for way in one.ways))
 
@@ -113,6 +122,19 @@ def transformed(base: Recipe, name: str) -> Recipe:
 def beside(base: Recipe) -> Recipe:
     """Return a recipe that keeps outliers, beside the one that lacks them."""
     return Recipe(f"{base.name}-outliers", {**base.options, "outliers": OUTLIERS}, calibrated=base.calibrated)
+
+
+def pruned() -> list[Recipe]:
+    """Return recipes that make weights zero: as papers leave the others, and by `admm`, which fits them, and codes."""
+    share = f"{100 * SPARSITY:g}"
+    found = [_pruned(f"{name}-{share}", algorithm=name, update=False) for name in ("magnitude", "wanda", "sparsegpt")]
+    found += [_pruned(f"admm-{share}"), _pruned(f"admm-{share}-allocate", allocate=True)]
+    return found + [_pruned(f"admm-{share}-{values}", values=values) for values in VALUES]
+
+
+def _pruned(name: str, **how: Any) -> Recipe:
+    calibrated = get_algorithm(how.get("algorithm", "admm")).needs_text
+    return Recipe(name, {"sparsity": SPARSITY, **how}, calibrated=calibrated, verb="prune")
 
 
 def _plain(scheme: str, group: int, how: Mapping[str, Any] | None = None) -> Recipe:

@@ -1,9 +1,9 @@
-"""Make the tables of docs/claims.md of the results of `bench/quality/run.py`.
+"""Make the tables of docs/claims.md, and that of docs/pruning.md, of results of `bench/quality/run.py`.
 
     python bench/quality/tables.py
     python bench/quality/tables.py --write
 
-The page holds each table between `<!-- claim NAME -->` and `<!-- end -->`; a test compares them with what is made here.
+A page holds each table between `<!-- claim NAME -->` and `<!-- end -->`; a test compares them with what is made here.
 `--write` puts them there, otherwise they are printed.
 """
 
@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import choice
 from claims import CLAIMS, FORMATS, MODELS, TARGETS, Claim, Nearer, Target, Within
 
 from tersor.evaluate import PerWindow, Quality, compare
@@ -25,6 +26,7 @@ from tersor.report.words import measured, times
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "claims.md"
+CHOICE_PAGE = ROOT / "docs" / "pruning.md"
 RESULTS = ROOT / "bench" / "results"
 SECTION = re.compile(r"(<!-- claim (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 HOLDS, UNSURE, FAILS = VERDICTS = ("holds", "not certain", "**does not hold**")
@@ -38,6 +40,7 @@ ANCHORS = {
     "six": "e2m3-or-e3m2-rows-or-groups",
     "eight": "eight-bit-activations-and-keys-and-values-in-e4m3",
     "transforms": "transforms-rotation-awq-norm-tweaking",
+    "pruned": "half-of-the-weights-zero",
     "targets": "targets",
 }
 """Claim -> its heading on the page."""
@@ -75,6 +78,12 @@ def tables(book: Book) -> dict[str, str]:
     """Return claim -> its tables in Markdown."""
     found = {name: claim_tables(book, claim) for name, claim in CLAIMS.items()}
     return {"summary": summary(book), **found, "efforts": effort_tables(book), "targets": target_table(book)}
+
+
+def pages(folder: Path) -> dict[Path, dict[str, str]]:
+    """Return page -> the tables of it, from the results in a folder."""
+    book = Book.read(folder)
+    return {PAGE: tables(book), CHOICE_PAGE: {"choice": choice_table(book, choice.read_times(folder))}}
 
 
 def summary(book: Book) -> str:
@@ -186,7 +195,7 @@ def _nearer(book: Book, model: str, text: str, check: Nearer) -> list[str] | Non
     one, two = (book.row(model, text, label) for label in (check.first, check.other))
     if one is None or two is None:
         return None
-    found = compare(_quality(one), _quality(two))
+    found = compare(_quality(one), _quality(two, 1 + check.slack))
     if check.quantity == "kl":
         gap, error, better, factor, what = found.kl_difference, found.kl_difference_error, found.kl_better, 1000, "KL"
     else:
@@ -199,7 +208,8 @@ def _nearer(book: Book, model: str, text: str, check: Nearer) -> list[str] | Non
     assert gap is not None
     shown = measured(-factor * gap, times(factor, error), sign=True)
     said = f"{what} x 1000: {shown}" if factor == 1000 else f"log perplexity x 100: {shown}"
-    claim = f"{check.first} has less {what} than {check.other}"
+    much = f" times {1 + check.slack:g}" if check.slack else ""
+    claim = f"{check.first} has less {what} than {check.other}{much}"
     return [claim, said, f"{better} of {found.windows}", _verdict(gap, error)]
 
 
@@ -261,8 +271,11 @@ def _guard(model: str, results: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return textwrap.wrap(said, 120)
 
 
-def _quality(row: Mapping[str, Any]) -> Quality:
+def _quality(row: Mapping[str, Any], factor: float = 1.0) -> Quality:
+    """Return what was measured, with a multiple of its divergences."""
     kept = {name: tuple(values) for name, values in row["per_window"].items()}
+    if "kl" in kept:
+        kept["kl"] = tuple(factor * value for value in kept["kl"])
     return Quality(
         windows=row["windows"],
         window=row["window"],
@@ -314,6 +327,12 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     return [first, "|" + "---|" * (first.count("|") - 1), *(f"| {' | '.join(row)} |" for row in rows)]
 
 
+def choice_table(book: Book, times: choice.Times) -> str:
+    """Return what dense weights and half of them take and lose."""
+    heads, cells = choice.cells(times, list(book.models), book.rows)
+    return "\n".join(_table(heads, cells))
+
+
 def page(text: str, made: Mapping[str, str]) -> str:
     """Return a page with these tables in their places.
 
@@ -331,13 +350,13 @@ def main() -> None:
     """Print the tables, or write them into the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
-    parser.add_argument("--write", action="store_true", help="put the tables into docs/claims.md")
+    parser.add_argument("--write", action="store_true", help="put the tables into their pages")
     given = parser.parse_args()
-    made = tables(Book.read(given.results))
-    if given.write:
-        PAGE.write_text(page(PAGE.read_text(), made))
-    else:
-        print("\n\n".join(f"## {name}\n\n{table}" for name, table in made.items()))
+    for path, made in pages(given.results).items():
+        if given.write:
+            path.write_text(page(path.read_text(), made))
+        else:
+            print("\n\n".join(f"## {name}\n\n{table}" for name, table in made.items()), end="\n\n")
 
 
 if __name__ == "__main__":

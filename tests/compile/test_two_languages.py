@@ -137,12 +137,11 @@ def test_scales_take_the_same_bytes(name: str, group_size: int | None, dtype: st
 
 def test_a_block_has_as_many_columns_and_a_cta_as_many_rows() -> None:
     launched = Launched()
-    addresses = dict.fromkeys(("given", "scale", "zero_point", "groups", "matrix", "table", "values", "changes"), 0)
+    pointers = ("given", "before", "scale", "zero_point", "groups", "kept", "matrix", "table", "values", "changes")
     launch = columns.prepare_columns(
         launched,
         stream=0,
-        **addresses,
-        before=0,
+        **dict.fromkeys(pointers, 0),
         stride=256,
         rows=81,
         low=-8.0,

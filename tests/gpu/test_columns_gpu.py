@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import pytest
 import torch
@@ -12,8 +13,12 @@ from tersor.compress import sweeps
 from tersor.compress.gptq import quantize_gptq
 from tersor.compress.grid import Grid
 from tersor.compress.hessian import INPUT_DAMPING, Hessian, exact_products
+from tersor.compress.prune import Pattern, prune
+from tersor.compress.refine import Layer
 from tersor.compress.statistics import HESSIAN, OUTPUT_HESSIAN, SHIFT, LayerSums
-from tersor.formats import Scheme
+from tersor.formats import Encoded, Scheme
+
+Made = TypeVar("Made")
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -57,7 +62,40 @@ def test_columns_get_the_values_that_the_torch_code_gives_them(scheme: Scheme, r
         assert float(kernel.std()) > 0
 
 
-def both(call: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+@pytest.mark.parametrize("scheme", SCHEMES, ids=Scheme.key)
+def test_what_a_mask_makes_zero_is_zero_and_moves_on_as_by_the_torch_code(scheme: Scheme) -> None:
+    channels, rows = 640, 100
+    target, kept = random(channels, rows), (random(channels, rows, seed=3) > 0).float()
+    with exact_products():
+        hessian = Hessian.of(moments(channels, 2), INPUT_DAMPING, HESSIAN)
+        layer = Layer.of(Grid.of(scheme, channels, torch.float32, target.device), hessian, kept.T > 0)
+        assert layer.kept is not None
+        gone = layer.kept == 0
+        found = both(lambda: layer.round(target).choice.values)
+        start = layer.round(target)
+        lower = both(lambda: layer.polish(target, start, 1).choice.values)
+    for kernel, plain in (found, lower):
+        assert bool((kernel[gone] == 0).all()) and float(kernel.std()) > 0
+        assert int((kernel != plain).any(dim=0).sum()) <= rows // 16
+
+
+def test_pruned_weights_and_outliers_lose_as_much_as_by_the_torch_code() -> None:
+    weight, statistics = random(200, 512), {HESSIAN: moments(512, 2), SHIFT: 0.02 * moments(512, 4)}
+    beside = Scheme(formats.get("int4"), 128, outliers=formats.Outliers(1, "float16"))
+    few_bits = formats.get_scheme("fp6_e2m3")
+    calls: tuple[Callable[[], Encoded | None], ...] = (
+        lambda: quantize_gptq(weight, beside, statistics),
+        lambda: prune(weight, Pattern(0.5), "admm", statistics, scheme=few_bits).encoded,
+    )
+    for call in calls:
+        found, plain = both(call)
+        assert found is not None and found.objective is not None
+        assert plain is not None and plain.objective is not None
+        assert found.objective.after == pytest.approx(plain.objective.after, rel=0.03)
+        assert found.objective.after < found.objective.before
+
+
+def both(call: Callable[[], Made]) -> tuple[Made, Made]:
     """What the kernel and what the torch code makes of a call."""
     with ops.using(reference=True):
         expected = call()

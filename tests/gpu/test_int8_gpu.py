@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 
-from tersor import formats, hardware, nn, ops
+from tersor import formats, hardware, ops
 from tersor.compress import quantize_rtn
 from tersor.formats import Activations
-from tersor.integrations.transformers import replace
 from tersor.kernels import dense, jit, quantizing
 from tersor.kernels.tune import sm90
 from tersor.layouts import PackedWeight, StackedWeight
@@ -173,55 +170,12 @@ def test_gates_residuals_and_biases(group_size: int | None, activations: Activat
         torch.testing.assert_close(y, expected, rtol=2e-3, atol=2e-3)
 
 
-@pytest.mark.parametrize("activations", [INT8, IN_GROUPS])
-@pytest.mark.parametrize("bad", [math.inf, math.nan])
-def test_what_is_not_finite_stays_in_its_token(bad: float, activations: Activations) -> None:
-    weight, _ = packed("int8", None, 128, 512, activations)
-    x = torch.randn(20, 512, device="cuda").half()
-    x[3, 100] = bad
-    y = ops.linear(x, weight)
-    assert y[3].isnan().all()
-    y[3] = 0
-    assert y.isfinite().all()
-
-
 def test_extremes_and_zeros() -> None:
     weight, stored = packed("int8", None, 128, 512)
     x = torch.randn(6, 512, device="cuda").half()
     x *= torch.tensor([[1e-7], [1e-4], [0.0], [1.0], [1e2], [6e2]], device="cuda").half()
     y = ops.linear(x, weight)
     assert torch.equal(y, exact_rows(x, stored)) and not y[2].any()
-
-
-def test_a_model_and_a_cuda_graph() -> None:
-    weight, stored = packed("int8", None, 256, 256)
-    layer = nn.PackedLinear.from_packed(weight.to_layout("stream"))
-    replace.multiply_with(layer, "int8")
-    x = torch.randn(5, 256, device="cuda").half()
-    assert torch.equal(layer(x), exact_rows(x, stored))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = layer(layer(x))
-    again = torch.randn(5, 256, device="cuda").half()
-    x.copy_(again)
-    graph.replay()
-    assert torch.equal(y, layer(layer(again)))
-
-
-@pytest.mark.parametrize("activations", [INT8, IN_GROUPS])
-@pytest.mark.parametrize("n", [5, 100, 300])
-def test_calls_upon_each_other_have_their_own_scales(n: int, activations: Activations) -> None:
-    """Scales lie where those of the call before lay, and kernels start before the ones ahead have ended."""
-    weight, stored = packed("int4", None, 8448, 256, activations)
-    sources = [torch.randn(n, 256, device="cuda").half() * 2.0**power for power in range(-6, 6)]
-    expected = []
-    for x in sources:
-        torch.cuda.synchronize()
-        expected.append(ops.linear(x, weight) if activations is IN_GROUPS else exact_rows(x, stored))
-        check_groups(x, expected[-1], stored, None, activations)
-    for _ in range(20):
-        found = [ops.linear(x, weight) for x in sources]
-        assert [torch.equal(one, other) for one, other in zip(found, expected, strict=True)] == [True] * len(sources)
 
 
 def scales_of(memory: torch.Tensor, tokens: int, channels: int, activations: Activations) -> torch.Tensor:

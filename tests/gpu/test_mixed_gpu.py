@@ -117,6 +117,7 @@ def test_a_layer_moves_saves_and_is_captured() -> None:
     assert again.keys() == stored.keys()
     assert all(torch.equal(again[name].cpu(), tensor) for name, tensor in stored.items())
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         layer(x)
     stream.synchronize()

@@ -115,6 +115,7 @@ def test_compressing_while_loading_on_the_gpu_gives_the_same_bytes(tiny: Path) -
 def captured(model: torch.nn.Module, ids: torch.Tensor) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
     """Capture a forward, after two that warm it up on another stream; return the graph and where its logits come."""
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(2):
             model(ids, use_cache=False)

@@ -73,6 +73,7 @@ def alike(found: list[list[int]], other: list[list[int]]) -> float:
     [
         {"format": "fp6"},
         {"format": "uint4", "group_size": 64},
+        {"format": "int4", "outliers": "3%"},
         {"format": "fp6", "overrides": {"embed_tokens": "int8"}},
         {"format": "int8", "overrides": {"q_proj": "fp6"}},
     ],

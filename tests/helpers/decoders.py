@@ -60,12 +60,12 @@ def logits(decoder: Decoder, given: Sequence[torch.Tensor]) -> list[torch.Tensor
 
 def whole(decoder: Decoder, text: torch.Tensor, places: Sequence[int] | None = None) -> torch.Tensor:
     """Return the logits [length, V] of every token of one text that is one row, or [S, V] of those at some places."""
-    length, pages = len(text), -(-len(text) // PAGE)
-    row = torch.tensor([0, length], dtype=torch.int32)
-    rows = Rows(row, row[1:], torch.arange(pages, dtype=torch.int32)[None], length, pages * PAGE)
+    length, pages, device = len(text), -(-len(text) // PAGE), decoder.device
+    row = torch.tensor([0, length], dtype=torch.int32, device=device)
+    rows = Rows(row, row[1:], torch.arange(pages, dtype=torch.int32, device=device)[None], length, pages * PAGE)
     with torch.inference_mode():
-        wanted = torch.arange(length) if places is None else torch.tensor(places, dtype=torch.int64)
-        return decoder(text, rows, decoder.caches(pages), wanted)
+        wanted = torch.tensor(range(length) if places is None else places, dtype=torch.int64, device=device)
+        return decoder(text.to(device), rows, decoder.caches(pages), wanted)
 
 
 def difference(decoder: Decoder, reference: Any) -> float:

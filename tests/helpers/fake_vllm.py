@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from safetensors import safe_open
@@ -21,6 +23,25 @@ ROOM = 1000
 _BLOCK = 16
 _now = 0.0
 time.perf_counter = lambda: _now
+LOADERS: dict[str, type] = {}
+
+
+class DefaultModelLoader:
+    """What loads weights, of files unless it is another."""
+
+
+def register_model_loader(name: str) -> Any:
+    """Enter a loader."""
+    return lambda kind: LOADERS.setdefault(name, kind)
+
+
+for _name, _attributes in {
+    "vllm.model_executor": {},
+    "vllm.model_executor.model_loader": {"register_model_loader": register_model_loader},
+    "vllm.model_executor.model_loader.default_loader": {"DefaultModelLoader": DefaultModelLoader},
+}.items():
+    sys.modules[_name] = ModuleType(_name)
+    sys.modules[_name].__dict__.update(_attributes, __path__=[])
 
 
 def _keep(**what: Any) -> None:
@@ -28,12 +49,24 @@ def _keep(**what: Any) -> None:
         file.write(json.dumps(what) + "\n")
 
 
-def _weights(folder: Path) -> dict[str, Any]:
+def _tensors(options: dict[str, Any], folder: Path) -> Iterator[tuple[str, Any]]:
+    """Yield name and array of the weights that options say."""
+    if "load_format" in options:
+        import torch
+
+        asked = SimpleNamespace(model=str(folder), dtype=getattr(torch, options["dtype"]))
+        for name, tensor in LOADERS[options["load_format"]]().get_all_weights(asked, None):
+            yield name, tensor.cpu().numpy()
+        return
     index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
-    found = {}
     for name, file in index.items():
         with safe_open(folder / file, "np") as tensors:
-            tensor = tensors.get_tensor(name)
+            yield name, tensors.get_tensor(name)
+
+
+def _weights(options: dict[str, Any]) -> dict[str, Any]:
+    found = {}
+    for name, tensor in _tensors(options, Path(options["model"])):
         values = tensor.astype("float32")
         found[name] = [str(tensor.dtype), list(tensor.shape), float(values.mean()), float(values.std())]
     return found
@@ -53,7 +86,7 @@ class LLM:
         print("INFO: vLLM says much")
         os.write(1, b"and its libraries do\n")
         config = json.loads((Path(options["model"]) / "config.json").read_text())
-        weights = _weights(Path(options["model"]))
+        weights = _weights(options)
         prefixes = ("VLLM_", "CUDA_VISIBLE", "TERSOR_VLLM_")
         variables = {name: value for name, value in os.environ.items() if name.startswith(prefixes)}
         _keep(llm=options, config=config, weights=weights, environment=variables, pid=os.getpid())

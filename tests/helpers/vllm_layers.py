@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +22,7 @@ def hf_config(directory: Path) -> Any:
     """Return what vLLM reads of config.json."""
     said = json.loads((directory / "config.json").read_text())
     found = SimpleNamespace(**said)
-    found.get_text_config = lambda: found
+    found.get_text_config, found.to_dict = lambda: found, lambda: said
     return found
 
 
@@ -60,12 +62,24 @@ PARTS = {
 
 def fill(layer: Any, kind: str, tensors: dict[str, torch.Tensor]) -> None:
     """Load a layer from a checkpoint, a tensor at a time, and say that this was all."""
-    for part, shard in PARTS[kind].items():
-        stem = f"{LAYER}.{part}."
-        for name, tensor in tensors.items():
-            if name.startswith(stem) and not name.endswith(".bias"):
-                layer.load(name.removeprefix(stem), tensor, shard)
-    layer.quant_method.process_weights_after_loading(layer)
+    with loading():
+        for part, shard in PARTS[kind].items():
+            stem = f"{LAYER}.{part}."
+            for name, tensor in tensors.items():
+                if name.startswith(stem) and not name.endswith(".bias"):
+                    layer.load(name.removeprefix(stem), tensor, shard)
+        layer.quant_method.process_weights_after_loading(layer)
+
+
+@contextmanager
+def loading() -> Iterator[None]:
+    """Have torch's default dtype be that of the model, as vLLM has it while it loads weights."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def weight(layer: Any, channels: int) -> torch.Tensor:

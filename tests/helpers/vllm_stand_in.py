@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import enum
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -19,6 +20,8 @@ from torch import nn
 CURRENT = SimpleNamespace(load_config=SimpleNamespace(load_format="auto"), ranks=1, rank=0)
 """What vLLM's processes know: how weights are loaded, and who this rank is."""
 REGISTERED: dict[str, type] = {}
+REGISTRY = SimpleNamespace(models={})
+"""Name of a class -> an object with `module_name`, where it is."""
 
 
 class QuantizeMethodBase:
@@ -48,6 +51,29 @@ class QuantizationConfig:
 
     def __init__(self) -> None:
         self.packed_modules_mapping: dict[str, list[str]] = {}
+
+    @staticmethod
+    def get_cache_scale_mapper() -> Mapper:
+        """Return what loaders rename weights by."""
+        return Mapper()
+
+
+class VllmConfig:
+    """What vLLM's main process is told; it verifies itself."""
+
+    def __init__(self, quant_config: Any, **told: Any) -> None:
+        uva, prefetch = SimpleNamespace(cpu_offload_gb=0.0), SimpleNamespace(offload_group_size=0)
+        self.quant_config, self.lora_config, self.load_config = quant_config, None, SimpleNamespace(load_format="auto")
+        self.offload_config = SimpleNamespace(uva=uva, prefetch=prefetch)
+        ranks = dict.fromkeys(("tensor", "data", "prefill_context"), 1)
+        sizes = {f"{name}_parallel_size": told.pop(name, size) for name, size in ranks.items()}
+        switches = {name: told.pop(name, False) for name in ("enable_expert_parallel", "enable_eplb")}
+        self.parallel_config = SimpleNamespace(**sizes, **switches)
+        self.__dict__.update(told)
+        self.__post_init__()
+
+    def __post_init__(self) -> None:
+        """Verify."""
 
 
 class LinearBase(nn.Module):
@@ -148,7 +174,9 @@ class RoutedExperts(nn.Module):
         if first:
             self.expert_map = torch.tensor([-1] * first + list(range(experts - first)))
         parallel = SimpleNamespace(tp_size=CURRENT.ranks, tp_rank=CURRENT.rank, use_all2all_kernels=False)
-        self.moe_config = SimpleNamespace(has_bias=False, moe_parallel_config=parallel, tp_shard_with_padding=False)
+        self.moe_config = SimpleNamespace(
+            has_bias=False, experts_per_token=1, moe_parallel_config=parallel, tp_shard_with_padding=False
+        )
         self.quant_method = config.get_quant_method(self, prefix)
         if self.quant_method is not None:
             own = inner // CURRENT.ranks
@@ -159,7 +187,7 @@ class RoutedExperts(nn.Module):
 
     def load(self, expert: int, projection: str, name: str, tensor: torch.Tensor) -> bool:
         """Take a tensor of an expert as vLLM's loader hands it over; tell whether this rank has the expert."""
-        shard = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}[projection]
+        shard = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}.get(projection, projection)
         parameter = getattr(self, f"{'w2' if shard == 'w2' else 'w13'}_{name}")
         return parameter.weight_loader(
             param=parameter,
@@ -171,22 +199,34 @@ class RoutedExperts(nn.Module):
         )
 
 
+@dataclass
 class Mapper:
     """Renames weights: a prefix becomes another."""
 
-    def __init__(self, prefixes: Mapping[str, str]) -> None:
-        self._prefixes = prefixes
+    prefixes: Mapping[str, str] = field(default_factory=dict)
+
+    def __or__(self, other: Mapper) -> Mapper:
+        return Mapper({**self.prefixes, **other.prefixes})
+
+    def apply(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield weights under new names."""
+        for name, tensor in weights:
+            yield self.apply_list([name])[0], tensor
 
     def apply_list(self, names: list[str]) -> list[str]:
         """Return new names."""
         found = []
         for name in names:
-            for old, new in self._prefixes.items():
+            for old, new in self.prefixes.items():
                 if name.startswith(old):
                     name = new + name.removeprefix(old)
                     break
             found.append(name)
         return found
+
+
+class GraniteMoeModel:
+    """A model whose loader calls experts as its checkpoints do; that of 0.29 and newer has a mapper."""
 
 
 def _register(name: str) -> Any:
@@ -201,8 +241,10 @@ def _register(name: str) -> Any:
 _LAYERS = "vllm.model_executor.layers"
 _MODULES: dict[str, dict[str, Any]] = {
     "vllm": {},
-    "vllm.config": {"get_current_vllm_config": lambda: CURRENT},
+    "vllm.config": {"VllmConfig": VllmConfig, "get_current_vllm_config": lambda: CURRENT},
     "vllm.model_executor": {},
+    "vllm.model_executor.models": {"ModelRegistry": REGISTRY},
+    "vllm.model_executor.models.granitemoe": {"GraniteMoeModel": GraniteMoeModel},
     _LAYERS: {},
     f"{_LAYERS}.fused_moe": {"FusedMoEMethodBase": FusedMoEMethodBase, "RoutedExperts": RoutedExperts},
     f"{_LAYERS}.linear": {
@@ -241,9 +283,11 @@ def installed() -> Iterator[SimpleNamespace]:
         module.__dict__.update(attributes)
         sys.modules[name] = module
     REGISTERED.clear()
+    verify = VllmConfig.__post_init__
     try:
         yield CURRENT
     finally:
+        VllmConfig.__post_init__ = verify  # type: ignore[method-assign]
         for name in [name for name in sys.modules if _belongs(name)]:
             del sys.modules[name]
             owner, _, last = name.rpartition(".")

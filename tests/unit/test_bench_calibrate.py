@@ -44,6 +44,13 @@ def test_every_block_is_timed_in_every_phase(
     assert "codes of the last block: " in capsys.readouterr().out
 
 
+def test_weights_with_a_mask_are_timed_as_those_without(script: ModuleType) -> None:
+    words = ["--device", "cpu", "--layers", "2", "--windows", "2", "--window", "16", "--group-size", "16"]
+    rows = script.main([*words, "--paths", "pruned,outliers,normal"])
+    assert [row["path"] for row in rows] == ["normal", "outliers", "pruned"]
+    assert all(len(row["seconds"]["codes"]) == 2 and len(row["codes_by_layer"]) == 7 for row in rows)
+
+
 def test_a_whole_model_takes_the_usual_time_of_a_block_and_once_what_only_the_first_takes(script: ModuleType) -> None:
     clock = [0.0, 5.0, 8.0, 9.0, 10.0]  # 5 s to begin, blocks of 3, 1 and 1 s
     row = script.summed("normal", clock, 3, 32)
@@ -57,4 +64,4 @@ def test_a_whole_model_takes_the_usual_time_of_a_block_and_once_what_only_the_fi
 def test_a_path_that_is_not_there_is_refused(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         script.main(["--paths", "normal,low"])
-    assert "--paths takes normal, mix, high" in capsys.readouterr().err
+    assert "--paths takes normal, mix, high, outliers, pruned" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,13 +10,14 @@ import pytest
 import torch
 from helpers.tiny_configs import DENSE, MIXTURE
 
-from tersor.bench import latency, report
-from tersor.cli import main
+from tersor.bench import latency, report, timing
+from tersor.cli import bench, main
+from tersor.engine import workers
 from tersor.engine.request import Step
 from tersor.engine.runner import Runner
 from tersor.engine.sampler import Sampler
 from tersor.formats import get_scheme
-from tersor.models import DecoderConfig
+from tersor.models import DecoderConfig, geometries
 from tersor.models.random import random_decoder
 from tersor.models.streamed import Offload
 from tersor.ops.attention_form import PAGE
@@ -142,6 +144,25 @@ def test_a_step_of_layers_that_stream_is_timed_with_the_bytes_that_it_copies() -
     assert row.link_bandwidth is not None and row.link_bandwidth > 0
     shown = latency.result([row])["rows"][0]
     assert latency.link_share(shown) == pytest.approx(row.streamed_bytes / row.milliseconds * 1e3 / row.link_bandwidth)
+
+
+def test_whole_and_pruned_weights_are_timed_in_one_run_each_in_a_row_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setitem(geometries.GEOMETRIES, "tiny", DENSE)
+    monkeypatch.setattr(bench, "need_gpu", lambda words: None)
+    monkeypatch.setattr(timing, "read_bandwidth", lambda: 1e9)
+    on_host = workers.Seat(torch.device("cpu"))
+    monkeypatch.setattr(workers, "Seat", lambda device: on_host)
+    options = ["--batch", "1", "--context", "64", "--steps", "1", "--cuda-graph", "off", "-o", str(tmp_path / "found")]
+    formats = ["--format", "16bit", "--format", "fp6_e3m2"]
+    assert main.run(["bench", "latency", "tiny", *formats, "--sparsity", "0,0.5,0.75", *options, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [row["format"] for row in rows] == [
+        f"{name}{ending}" for name in ("16bit", "fp6_e3m2") for ending in ("", ":s50", ":s75")
+    ]
+    plain, half, quarter = (row["weight_bytes"] for row in rows[:3])
+    assert plain > half > quarter
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -90,6 +91,7 @@ def test_a_step_is_what_more_tokens_take_and_rows_that_do_not_fit_are_not_timed(
         "max_num_seqs": 4,
         "gpu_memory_utilization": 0.9,
         "enforce_eager": True,
+        "load_format": "tersor_random",
     }
     assert start["environment"] == {"VLLM_NO_USAGE_STATS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     assert "quantization_config" not in start["config"] and start["config"]["max_position_embeddings"] == 309
@@ -214,12 +216,24 @@ def test_vllm_ends_with_who_asked_it(asked: Asked) -> None:
         os.kill(asked()[0]["pid"], 0)
 
 
-def test_one_checkpoint_of_weights_like_those_of_tersor_serves_every_format(asked: Asked) -> None:
+def test_prompts_are_timed_with_nothing_of_them_in_pages(asked: Asked) -> None:
+    found = list(rows.latencies([PLAIN], TINY, "tiny", [1], [20], 2, prefill=4096))
+    (prefill,) = (row for row in found if isinstance(row, latency.Prefill))
+    assert (prefill.prompts, prefill.prompt_tokens, prefill.format) == (8, 4096, "vllm 16bit")
+    assert prefill.tokens_per_second == pytest.approx(8 * 4096 / 2.8e-3)
+    start, *runs = asked()
+    assert start["llm"]["max_model_len"] == 4097
+    prompts = [tuple(prompt) for run in runs[:4] for prompt in run["prompts"]]
+    assert len(set(prompts)) == 4 * 8 and {len(prompt) for prompt in prompts} == {4096}
+    assert {one["max_tokens"] for run in runs[:4] for one in run["params"]} == {1} and len(runs[4]["prompts"]) == 1
+
+
+def test_the_same_weights_like_those_of_tersor_are_loaded_in_every_format(asked: Asked) -> None:
     both = variants.variants(variants.named("vllm,vllm:fp8"), [])
     assert len(list(rows.latencies(both, {**TINY, "tie_word_embeddings": False}, "tiny", [1], [20], 2))) == 2
     first, second = (one for one in asked() if "llm" in one)
     assert first["llm"]["model"] == second["llm"]["model"] and first["weights"] == second["weights"]
-    assert first["config"]["dtype"] == "float16" and "load_format" not in first["llm"]
+    assert first["config"]["dtype"] == "float16"
     spreads = {}
     for name, (dtype, shape, mean, spread) in first["weights"].items():
         assert dtype == "float16"
@@ -268,7 +282,8 @@ def test_the_verb_times_vllm_first_and_shows_both(
     monkeypatch.setattr(timing, "read_bandwidth", lambda: 1e12)
     cells = ["--batch", "1,2", "--context", "32", "--steps", "2", "--cuda-graph", "off"]
     path = tmp_path / "found.json"
-    words = ["bench", "latency", *cells, "--against", "vllm,vllm:fp8", "-o", str(path), "--json"]
+    cells += ["--against", "vllm,vllm:fp8", "--prefill", "32"]
+    words = ["bench", "latency", *cells, "-o", str(path), "--json"]
     assert run(words) == 0
     found = json.loads(capsys.readouterr().out)
     formats = ["fp6_e3m2", "fp6_e3m2", "vllm 16bit", "vllm 16bit", "vllm fp8", "vllm fp8"]
@@ -279,6 +294,7 @@ def test_the_verb_times_vllm_first_and_shows_both(
     assert run(["bench", "latency", "--from", str(path)]) == 0
     shown = capsys.readouterr().out
     assert "vllm fp8" in shown and "2.200" in shown
+    assert shown.count(" tokens a second of 1024 prompts of 32 tokens") == 2
 
 
 def test_the_verb_of_workloads_shows_vllm_beside_tersor(
@@ -313,6 +329,7 @@ def test_the_verb_of_workloads_shows_vllm_beside_tersor(
     [
         (["latency", "--against", "vlm"], 2, "did you mean 'vllm'?"),
         (["latency", "--against", "vllm"], 1, "timing needs a CUDA device"),
+        (["latency", "--prefill", "512"], 2, "--prefill is timed of rivals: name one in --against"),
         (["latency", "--against", "vllm:humming", "--format", "16bit"], 2, "--format names none but 16bit"),
         (["throughput", "--against", "vllm"], 1, "timing needs a CUDA device"),
         (["throughput", "--against", "vllm", "--device", "cpu"], 2, "leave out --device cpu"),
@@ -328,6 +345,18 @@ def test_what_cannot_be_compared_is_said_in_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     refused_in_one_line(["bench", *words], status, message, monkeypatch, capsys)
+
+
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "vllm.md").read_text()
+COMMANDS = re.findall(r"^ {4}tersor (bench .*)$", PAGE.replace("\\\n", ""), re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_of_the_page_are_understood(
+    command: str, asked: Asked, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert len(COMMANDS) == 3
+    refused_in_one_line(command.split(), 1, "timing needs a CUDA device", monkeypatch, capsys)
 
 
 @pytest.mark.parametrize("verb", ["latency", "throughput"])

@@ -21,7 +21,7 @@ from tersor.errors import InputError
 from tersor.integrations.transformers import load
 
 ROOT = Path(__file__).resolve().parents[2]
-MODULES = ("claims", "measure", "mixllm", "recipes", "run", "tables")
+MODULES = ("choice", "claims", "measure", "mixllm", "recipes", "run", "tables")
 
 
 @pytest.fixture(scope="module")
@@ -59,10 +59,12 @@ def results_of(folder: Path, text: str = "code") -> dict[str, Any]:
     return found
 
 
-def test_the_tables_of_the_page_are_those_of_the_results(bench: SimpleNamespace) -> None:
-    text = bench.tables.PAGE.read_text(encoding="utf-8")
-    again = "make them again: python bench/quality/tables.py --write"
-    assert bench.tables.page(text, bench.tables.tables(bench.tables.Book.read(bench.tables.RESULTS))) == text, again
+def test_the_tables_of_the_pages_are_those_of_the_results(bench: SimpleNamespace) -> None:
+    made = bench.tables.pages(bench.tables.RESULTS)
+    assert {path.name for path in made} == {"claims.md", "pruning.md"}
+    for path, tables in made.items():
+        text = path.read_text(encoding="utf-8")
+        assert bench.tables.page(text, tables) == text, "make them again: python bench/quality/tables.py --write"
 
 
 def test_every_recipe_that_a_claim_names_is_measured_on_some_model(bench: SimpleNamespace) -> None:
@@ -124,6 +126,49 @@ def test_what_is_measured_is_kept_for_reports_and_not_measured_again(
     ]
     with pytest.raises(SystemExit, match="group_size is 32 there: move the file away"):
         bench.run.main([*some, "--group", "16"])
+
+
+def test_a_pruned_model_is_measured_beside_dense_ones(
+    bench: SimpleNamespace, model: Path, text: Path, tmp_path: Path
+) -> None:
+    assert bench.run.main(arguments(model, text, tmp_path, "^(magnitude-50|admm-50-int4|int4-row-rtn)$")) == 0
+    dense, plain, few = results_of(tmp_path)["models"]
+    assert [plain["label"], few["label"]] == ["magnitude-50", "admm-50-int4"]
+    assert plain["bits_per_weight"] == 17, "float32 and a mask"
+    assert few["bits_per_weight"] < dense["bits_per_weight"] < 5 and few["layers"] == 14
+    assert "worst_layer" in dense or "worst_layer" not in few, "codes are compared with round to nearest, masks are not"
+
+
+def test_a_linear_is_shown_with_what_was_timed_last_and_a_dash_where_nothing_was(
+    bench: SimpleNamespace, tmp_path: Path
+) -> None:
+    one = {"oc": 28672, "ic": 7168, "n": 16, "chain": "pdl", "weight_bytes": 28672 * 7168}
+    cell = {**one, "sparsity": 0.5, "cublas": 100.0, "bytes": 28672 * 7168 // 2}
+    cells = [
+        {**cell, "values": "fp6_e3m2", "us": 60.0},
+        {**cell, "values": "fp6_e3m2", "us": 50.0},
+        {**cell, "values": "int4", "us": 80.0},
+        {**cell, "values": "float16", "us": 1.0, "sparsity": 0.8},
+    ]
+    (tmp_path / "sparse_tiles_h200.json").write_text(json.dumps({"cells": cells}))
+    rows = [
+        {**one, "kernel": "cublas", "chain": "plain", "microseconds": 90.0, "weight_bytes": 2 * 28672 * 7168},
+        {**one, "kernel": "int4:s50", "microseconds": 30.0},
+        {**one, "kernel": "int4:s50", "microseconds": 31.0, "chain": "plain"},
+        {**one, "kernel": "fp6_e2m3", "microseconds": 1.0, "n": 8},
+    ]
+    (tmp_path / "linear_h200_some.json").write_text(json.dumps({"rows": rows}))
+    found = book(bench, "small", **{"admm-50-int4": FAR, "fp6_e2m3-row-gptq": NEAR})
+    lines = bench.tables.choice_table(found, bench.choice.read_times(tmp_path)).splitlines()
+    assert lines[2:] == [
+        "| all, 16 bits | 16 | 16.0 | 90.0 | 1.00 | 0 | 0 |",
+        "| all, `fp6_e2m3` | 4.250 | - | - | - | 11.50 | +1.16 |",
+        "| all, `int4` in groups | - | - | - | - | - | - |",
+        "| half, 16 bits | - | - | - | - | - | - |",
+        "| half, `fp8_e4m3` | - | - | - | - | - | - |",
+        "| half, `fp6_e2m3` | - | 4.0 (`fp6_e3m2`) | 50.0 | 2.00 | - | - |",
+        "| half, `int4` | 4.250 | 8.0 | 30.0 | 3.00 | 21.75 | +2.20 |",
+    ]
 
 
 def test_a_recipe_that_fails_is_named_and_the_others_go_on(
@@ -208,6 +253,13 @@ def test_a_claim_holds_where_the_difference_is_larger_than_its_error(
     assert [line.split(" | ")[-1] for line in bench.tables.claim_tables(found, claim).splitlines()[-2:]] == [
         f"{words} |" for words in shown
     ]
+
+
+def test_a_claim_of_few_percents_more_has_them_in_its_favour(bench: SimpleNamespace) -> None:
+    found = book(bench, "smollm2", one=NEAR, two=tuple(0.98 * value for value in NEAR))
+    for slack, verdict in ((0.0, "**does not hold**"), (0.03, "holds")):
+        claim = bench.claims.Claim(("one", "two"), (bench.claims.Nearer("one", "two", slack=slack),))
+        assert bench.tables.claim_tables(found, claim).splitlines()[-1].endswith(f"| {verdict} |")
 
 
 def test_the_summary_counts_verdicts_and_names_what_does_not_hold(bench: SimpleNamespace) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,8 +22,11 @@ ROWS = 11
 """A CTA's warps have 8."""
 
 
-def sweep_of(name: str, channels: int, descend: bool, size: int | None = 8) -> sweeps.Sweep:
-    """Return a sweep over random rows, some scales of which are 0, in an order of columns that mixes the groups."""
+def sweep_of(name: str, channels: int, descend: bool, size: int | None = 8, masked: bool = False) -> sweeps.Sweep:
+    """Return a sweep over random rows, some scales of which are 0, in an order of columns that mixes the groups.
+
+    With a mask, a third of the weights is zero.
+    """
     scheme = formats.get_scheme(name, size)
     generator = torch.Generator().manual_seed(channels + descend)
     x = torch.randn(2 * channels, channels, generator=generator)
@@ -35,15 +39,17 @@ def sweep_of(name: str, channels: int, descend: bool, size: int | None = 8) -> s
     if scheme.has_zero_point:
         zero_point = torch.randint(0, int(scheme.format.max) + 1, scale.shape, generator=generator).float()
     groups = torch.div(hessian.order * grid.groups, channels, rounding_mode="floor")
+    kept = (torch.rand(target.shape, generator=generator) > 0.3).float() if masked else None
     before = None
     if descend:
         low, high = (end.flatten() for end in grid.ends(zero_point[groups]))
         wanted = (target / scale[groups].clamp_min(0.1)).flatten()
         before = grid.nearest(wanted, low, high, torch.empty_like(wanted)).view(target.shape)
+        before = before if kept is None else before * kept
         target = hessian.ordered @ (target - before * scale[groups])
     matrix = hessian.ordered if descend else hessian.moves
     values, changes = torch.full_like(target, 99.0), torch.full((sweeps.BLOCK, ROWS), 99.0)
-    return sweeps.Sweep(target, before, scale, zero_point, groups, matrix, grid, values, changes)
+    return sweeps.Sweep(target, before, scale, zero_point, groups, matrix, grid, values, changes, kept)
 
 
 @needs_compiler
@@ -69,6 +75,26 @@ def test_every_column_gets_the_value_that_the_torch_code_gives_it(
         assert bool((given.values[:, 0][given.groups == 0] == 0).all())
     torch.testing.assert_close(given.changes[:channels], expected.changes[:channels], rtol=1e-4, atol=1e-5)
     assert bool((given.changes[channels:] == 99).all())
+
+
+@needs_compiler
+@pytest.mark.parametrize("descend", [False, True])
+@pytest.mark.parametrize(("name", "size"), [("uint4", 8), ("int3", 8), ("fp6_e2m3", None)])
+def test_what_a_mask_makes_zero_is_zero_and_moves_all_of_itself_on(
+    name: str, size: int | None, descend: bool, tmp_path: Path
+) -> None:
+    given, expected, whole = (sweep_of(name, 136, descend, size, masked) for masked in (True, True, False))
+    launch = columns.prepared(given, Emulated(columns.source_of(given), tmp_path, 900), 0)  # type: ignore[arg-type]
+    for start, end in ((0, 128), (128, 136)):
+        launch(start, end)
+        for torch_code in (expected, whole):
+            torch_code.block(start, end)
+    assert given.kept is not None
+    gone = given.kept == 0
+    assert bool((given.values[gone] == 0).all()) and bool((whole.values[gone] != 0).any())
+    assert torch.equal(given.values, expected.values)
+    torch.testing.assert_close(given.changes[:8], expected.changes[:8], rtol=1e-4, atol=1e-5)
+    assert bool((given.values != whole.values)[~gone].any())
 
 
 @needs_compiler
@@ -99,14 +125,15 @@ def test_weights_halfway_between_two_values_go_where_the_torch_code_takes_them(t
 
 
 @needs_compiler
+@pytest.mark.parametrize("outliers", [None, formats.Outliers(2, "float16")], ids=["plain", "outliers"])
 def test_a_weight_of_several_blocks_gets_the_codes_that_the_torch_code_gives_it(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, outliers: formats.Outliers | None
 ) -> None:
     generator = torch.Generator().manual_seed(1)
     weight, x = (torch.randn(rows, 160, generator=generator) for rows in (ROWS, 600))
     gradients = torch.randn(600, ROWS, generator=generator)
     moments = {HESSIAN: x.T @ x / 600, OUTPUT_HESSIAN: gradients.T @ gradients / 600}
-    scheme = formats.get_scheme("uint4", 32)
+    scheme = replace(formats.get_scheme("uint4", 32), outliers=outliers)
     expected = compress.encode(weight, scheme, "gptq", moments)
     blocks = []
 
@@ -118,6 +145,7 @@ def test_a_weight_of_several_blocks_gets_the_codes_that_the_torch_code_gives_it(
     found = compress.encode(weight, scheme, "gptq", moments)
     assert len(blocks) == 2 * (1 + 3 + 1 + 2 + 2)  # alone, in one block of rows, and polished: two blocks of columns
     assert torch.equal(found.codes, expected.codes) and torch.equal(found.scale, expected.scale)
+    assert (found.outliers is None) == (outliers is None)
 
 
 def test_on_a_device_without_kernels_the_torch_code_goes_over_columns(monkeypatch: pytest.MonkeyPatch) -> None:

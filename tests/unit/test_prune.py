@@ -293,3 +293,22 @@ def test_what_cannot_be_pruned_is_an_error_that_names_it() -> None:
         pruned(weight, moments(4), Pattern(0.5), "magnitude")
     assert Pattern.parse(None, "4:8") == Pattern(0.5, 4, 8)
     assert Pattern.parse("0.75") == Pattern(0.75)
+
+
+def test_without_statistics_the_largest_weights_stay_on_their_nearest_codes() -> None:
+    weight, pattern = random(16, 64), Pattern(0.5, 2, 4)
+    found = prune(weight, pattern, "magnitude", {}, update=False)
+    assert torch.equal(found.kept, pattern.choose(weight.abs()))
+    assert torch.equal(found.weight, weight.where(found.kept, 0.0)) and found.losses == {}
+    assert found.squared_error == pytest.approx(float(weight.where(found.kept, 0.0).sub(weight).square().sum()))
+    allowed = torch.arange(64).expand(16, 64) > 8
+    few = prune(weight, pattern, "magnitude", {}, scheme=formats.get_scheme("uint4", 16), update=False, allowed=allowed)
+    assert few.encoded is not None and not few.weight[~few.kept].any() and not few.kept[:, :9].any()
+    near = encode(weight.where(few.kept, 0.0), formats.get_scheme("uint4", 16))
+    assert torch.equal(few.weight, near.dequantize())
+
+
+@pytest.mark.parametrize(("algorithm", "update"), [("wanda", False), ("admm", False), ("magnitude", True)])
+def test_statistics_that_are_needed_are_asked_for(algorithm: str, update: bool) -> None:
+    with pytest.raises(InputError, match="need statistics of what the layer reads"):
+        prune(random(8, 16), Pattern(0.5), algorithm, {}, update=update)

@@ -20,12 +20,19 @@ from tersor.cli import main
 from tersor.compress.prune import Pattern
 from tersor.compress.prune.allocate import MOST_APART
 from tersor.convert import prune as job
+from tersor.convert.calibrate import pruning
 from tersor.convert.calibrate.pruning import PruneCoder
 from tersor.convert.calibrate.text import read_windows
 from tersor.errors import InputError, TersorError
 
 Told = Mapping[str, torch.Tensor]
 OPTIONS: dict[str, Any] = {"sparsity": 0.5, "calibration_tokens": 96, "calibration_window": 32}
+ALONE: dict[str, Any] = {
+    **dict.fromkeys(("calibration", "calibration_tokens", "calibration_window")),
+    "sparsity": 0.5,
+    "algorithm": "magnitude",
+}
+"""Without a text."""
 DOWN, GATE = "model.layers.0.mlp.down_proj", "model.layers.0.mlp.gate_proj"
 
 
@@ -79,6 +86,16 @@ def test_every_linear_layer_has_its_share_of_zeros_and_loads_through_transformer
         assert line["left"] == Pattern(share).kept(1, line["weights"])
         assert line["loss_reweighted"] <= line["loss_mask"] * (1 + 1e-6)
         assert line["loss_reweighted"] <= line["loss_magnitude"] * (1 + 1e-6)
+
+
+@pytest.mark.parametrize(("values", "loaded"), [("int4", {"int4"}), (None, set())])
+def test_kernels_are_loaded_ahead_that_give_codes_to_what_is_left(
+    llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: str | None, loaded: set[str]
+) -> None:
+    found: set[str] = set()
+    monkeypatch.setattr(pruning, "load_columns", lambda formats, device: found.update(one.name for one in formats))
+    job.prune(llama, tmp_path / "out", calibration=text, values=values, algorithm="magnitude", **OPTIONS)
+    assert found == loaded
 
 
 def test_a_layer_is_pruned_on_what_it_reads_in_the_pruned_model(
@@ -213,7 +230,12 @@ prune({str(llama)!r}, {str(output)!r}, calibration={str(text)!r}, **{options!r})
         ({"group_size": 16}, "group size and scale dtype are for values with codes"),
         ({"values": "int4:g24"}, "group size 24 does not divide"),
         ({"sparsity": 0.01}, "sparsity 0.01 makes no weight smaller whose values are float32"),
-        ({"calibration": None}, "pruning needs a text"),
+        ({"calibration": None}, "algorithm 'admm' needs a text to calibrate on: add --calibration FILE"),
+        ({**ALONE, "update": True}, "fitting weights to a mask needs a text"),
+        ({**ALONE, "allocate": True}, "allocating shares needs a text"),
+        ({**ALONE, "dead_neurons": "report"}, "looking for dead neurons needs a text"),
+        ({"calibration": None, "algorithm": "magnitude"}, "calibration tokens, window and seed say nothing without"),
+        ({**ALONE, "seed": 1}, "calibration tokens, window and seed say nothing without"),
         ({"calibration": "no-such-file.txt"}, "no-such-file.txt"),
         ({"calibration_tokens": 100_000}, "has 200 tokens, and 3125 windows of 32 take 100000"),
         ({"pattern": "2:4", "sparsity": 0.5, "allocate": True}, "2:4 leaves no share to allocate"),
@@ -224,12 +246,56 @@ prune({str(llama)!r}, {str(output)!r}, calibration={str(text)!r}, **{options!r})
 def test_what_cannot_be_done_is_said_in_one_line_before_the_work_starts(
     llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], message: str
 ) -> None:
-    monkeypatch.setattr(job, "calibrate", lambda *_: pytest.fail("the work has started"))
+    for start in ("calibrate", "code_alone"):
+        monkeypatch.setattr(job, start, lambda *_: pytest.fail("the work has started"))
     with pytest.raises(TersorError, match=message) as caught:
         job.prune(llama, tmp_path / "out", **{"calibration": text, **OPTIONS, **options})
     assert "\n" not in str(caught.value)
     assert caught.value.exit_status == 2
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("values", [None, "fp6", "uint4:g16"])
+def test_magnitude_needs_no_text_and_leaves_the_largest_weights_as_they_are(
+    llama: Path, tmp_path: Path, values: str | None
+) -> None:
+    report = job.prune(llama, tmp_path / "out", values=values, overrides=["down_proj=0.5:2:4"], **ALONE)
+    before, after = weights(llama), weights(tmp_path / "out")
+    for name, weight in after.items():
+        size = before[name].abs()
+        kept = size >= size.flatten().sort().values[size.numel() // 2]
+        if "down_proj" in name:
+            kept = torch.zeros_like(kept, dtype=torch.bool).view(-1, 4)
+            kept = kept.scatter(1, size.view(-1, 4).topk(2).indices, True).view(size.shape)
+        assert not weight[~kept].any(), name
+        near = torch.linalg.vector_norm((weight - before[name])[kept]) / torch.linalg.vector_norm(before[name][kept])
+        assert near == 0 if values is None else 0 < near < 0.1, name
+    assert len(report.compressed) == 14 and report.dead_units is None
+    assert not (tmp_path / "out" / "tersor-calibration.json").exists()
+    assert "pruned by magnitude" in (tmp_path / "out" / "README.md").read_text()
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+
+
+def test_without_a_text_an_interrupted_run_goes_on_at_the_weight_it_was_at_with_the_same_bytes(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {**ALONE, "values": "int4"}
+    job.prune(llama, tmp_path / "whole", **options)
+    code, coded = PruneCoder.code, []
+
+    def interrupted(self: PruneCoder, task: Any, *rest: Any) -> Any:
+        if len(coded) == 5:
+            coded.append("interrupted")
+            raise KeyboardInterrupt
+        coded.append(task.name)
+        return code(self, task, *rest)
+
+    monkeypatch.setattr(PruneCoder, "code", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        job.prune(llama, tmp_path / "out", **options)
+    job.prune(llama, tmp_path / "out", resume=True, **options)
+    assert len(coded) == len(set(coded)) == 14 + 1
+    assert checkpoints.bytes_of(tmp_path / "out") == checkpoints.bytes_of(tmp_path / "whole")
 
 
 def test_the_command_says_what_it_stored_and_how_many_units_never_fire(

@@ -14,7 +14,7 @@ from helpers import checkpoints
 from tersor.cli import main
 from tersor.cli.layers import collapse
 from tersor.cli.quantize import parse_size
-from tersor.convert import job
+from tersor.convert import making
 from tersor.errors import InputError
 
 
@@ -126,7 +126,7 @@ def test_an_interruption_says_how_to_continue(
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(job.Pipeline, "run", interrupted)
+    monkeypatch.setattr(making.Pipeline, "run", interrupted)
     status, _, err = tersor("quantize", model, "-o", tmp_path / "out")
     assert status == 130
     assert err == f"{tmp_path / 'out.partial'} keeps what is finished: add --resume to continue\ntersor: interrupted\n"

@@ -10,12 +10,9 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from helpers.tiny_configs import DENSE, MIXTURE
-from helpers.usage import refused_in_one_line
 from safetensors.torch import load_file
 
 from tersor.bench import random_checkpoint
-from tersor.bench.vllm import variants
-from tersor.cli import bench
 from tersor.errors import OutputError
 from tersor.models.geometries import GEOMETRIES
 
@@ -69,23 +66,28 @@ def test_a_checkpoint_is_in_memory_where_there_is_room_and_else_on_disk(places: 
     assert random_checkpoint.place(DENSE, 64, HALF).name == "disk"
 
 
-def test_where_no_folder_has_room_a_rival_is_refused_before_anything_runs(
-    places: dict[str, int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(variants.contenders, "need_installed", lambda package, distribution: None)
-    monkeypatch.setattr(bench, "need_gpu", lambda instead: None)
+def test_where_no_folder_has_room_nothing_is_made(places: dict[str, int]) -> None:
     places |= {"memory": 1 << 26, "disk": 17 << 30}
     small = random_checkpoint.place(GEOMETRIES["llama-3-8b"], 512, HALF)
     assert small.name == "disk"
-    words = ["bench", "latency", "llama-3-8b", "llama-3-70b", "--against", "vllm"]
-    message = f"{small} has room for 17.18 GB: free some, or name a folder that has room in TMPDIR"
-    refused_in_one_line(words, 1, message, monkeypatch, capsys)
+    message = r"take 141\.11 GB, .* has room for 17\.18 GB: free some, or name a folder that has room in TMPDIR"
     with (
-        pytest.raises(OutputError, match=r"take 141\.11 GB"),
+        pytest.raises(OutputError, match=message),
         random_checkpoint.temporary(GEOMETRIES["llama-3-70b"], 512, HALF),
     ):
         pass
     assert not list(small.parent.glob("*/*"))
+
+
+def test_tensors_without_a_file_are_those_of_the_checkpoint(tmp_path: Path) -> None:
+    cpu = torch.device("cpu")
+    random_checkpoint.write(DENSE, 64, tmp_path, HALF, cpu)
+    stored = {name: one for file in tmp_path.glob("*.safetensors") for name, one in load_file(file).items()}
+    found = dict(random_checkpoint.tensors(DENSE, 64, HALF, cpu))
+    assert {name: (one.shape, one.dtype) for name, one in found.items()} == {
+        name: (one.shape, one.dtype) for name, one in stored.items()
+    }
+    assert all(bool(one.isfinite().all()) and one.float().abs().mean() > 0.01 for one in found.values())
 
 
 @pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])

@@ -87,6 +87,7 @@ def test_tersor_commands_run(
         "tiny-mxfp6",
         "tiny-gptq",
         "tiny-sparse",
+        "tiny-half",
         "tiny-outliers",
     }
 

@@ -42,6 +42,11 @@ ARGUMENTS = {
         "expert_id"
     ),
     ("model_executor.models.utils", "WeightsMapper.apply_list"): "values",
+    ("model_executor.models.utils", "WeightsMapper.apply"): "weights",
+    ("model_executor.models.utils", "WeightsMapper.__or__"): "other",
+    ("model_executor.layers.quantization.base_config", "QuantizationConfig.get_cache_scale_mapper"): "",
+    ("config.vllm", "VllmConfig.__post_init__"): "",
+    ("model_executor.model_loader.default_loader", "DefaultModelLoader.get_all_weights"): "model_config model",
 }
 """Module and function of vLLM -> the first arguments that it must have."""
 
@@ -55,9 +60,18 @@ ATTRIBUTES = {
     "model_executor.layers.fused_moe.routed_experts": (
         "moe_config ckpt_gate_proj_name ckpt_up_proj_name ckpt_down_proj_name apply_router_weight_on_input expert_map"
     ),
-    "model_executor.layers.fused_moe.config": "moe_parallel_config use_all2all_kernels has_bias tp_rank tp_size",
+    "model_executor.layers.fused_moe.config": (
+        "moe_parallel_config use_all2all_kernels has_bias tp_rank tp_size experts_per_token"
+    ),
     "model_executor.layers.logits_processor": "quant_method",
     "config.load": "load_format",
+    "config.offload": "uva prefetch cpu_offload_gb offload_group_size",
+    "config.parallel": (
+        "tensor_parallel_size data_parallel_size prefill_context_parallel_size enable_expert_parallel enable_eplb"
+    ),
+    "config.vllm": "quant_config lora_config load_config offload_config parallel_config",
+    "model_executor.models.registry": "module_name models",
+    "model_executor.models.utils": "get_cache_scale_mapper",
 }
 """Module of vLLM -> words that its source has where layers get what the plug-in asks them for."""
 
@@ -110,6 +124,14 @@ def test_a_method_that_vllm_does_not_know_itself_is_entered_and_found_by_config_
     assert "_CUSTOMIZED_METHOD_TO_QUANT_CONFIG" in text and '"tersor"' not in text
     assert "vllm.general_plugins" in source("plugins")
     assert "to_json_string" in source("config.utils")  # what names compiled graphs holds what is added to hf_config
+
+
+@needs_vllm
+@pytest.mark.parametrize("name", ["BloomForCausalLM", "FalconForCausalLM", "Llama4ForCausalLM", "GptOssForCausalLM"])
+def test_classes_whose_loaders_are_known_are_called_so(name: str) -> None:
+    assert f'"{name}"' in source("model_executor.models.registry")
+    text = source("model_executor.models." + {"B": "bloom", "F": "falcon", "L": "llama4", "G": "gpt_oss"}[name[0]])
+    assert {"B": "_repack_qkv", "F": "output_dim", "L": "weight_packed", "G": "param.copy_"}[name[0]] in text
 
 
 @needs_vllm

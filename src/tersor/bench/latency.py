@@ -7,7 +7,7 @@ import time
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -35,9 +35,10 @@ METHOD = (
     "same run"
 )
 VLLM_METHOD = (
-    "vLLM in a process of its own, which loads a checkpoint of random weights of the same distribution and makes its "
-    "format of them, the output head in 16 bits: the time that so many more tokens of every row take, by the steps, "
-    "the texts being of `context` tokens in the middle of them; median of the runs"
+    "vLLM in a process of its own, which makes its format of random weights of the same distribution, the output head "
+    "in 16 bits: the time that so many more tokens of every row take, by the steps, the texts being of `context` "
+    "tokens in the middle; median of the runs; prefill: tokens of prompts that are asked at once and draw one token "
+    "each, over the time until all have"
 )
 RANKS_METHOD = (
     "of several ranks bytes are those of the first; of several stages as many steps of `batch` rows are under way, and "
@@ -75,6 +76,23 @@ class Latency:
     cuda_graph: bool
     streamed_bytes: int = 0
     link_bandwidth: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prefill:
+    """How fast vLLM reads prompts.
+
+    Attributes:
+        name, format: of the model.
+        prompts, prompt_tokens: how many were asked at once, and tokens of each.
+        tokens_per_second: of all.
+    """
+
+    name: str
+    format: str
+    prompts: int
+    prompt_tokens: int
+    tokens_per_second: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -222,7 +240,7 @@ def token_bytes(form: AttentionForm, cache: PagedCache) -> int:
 
 
 def result(
-    found: Sequence[Latency | Skipped], versions: Mapping[str, str] | None = None, **facts: Any
+    found: Sequence[Latency | Prefill | Skipped], versions: Mapping[str, str] | None = None, **facts: Any
 ) -> dict[str, Any]:
     """Return what the verb writes as JSON.
 
@@ -233,6 +251,9 @@ def result(
     """
     rows = [row for row in found if isinstance(row, Latency)]
     skipped = [row for row in found if isinstance(row, Skipped)]
+    prefills = [asdict(row) for row in found if isinstance(row, Prefill)]
+    if prefills:
+        facts["prefills"] = prefills
     parts = ((METHOD, True), (VLLM_METHOD, versions), (RANKS_METHOD, "placement" in facts))
     method = "; ".join(part for part, there in parts if there)
     return report.result(KIND, VERSION, method, facts, rows, skipped, versions)

@@ -1,5 +1,7 @@
 """What does another program load of a model without weights? A checkpoint of random ones, which is there for a while.
 
+Who asks for one tensor after the other is given them, and has no file.
+
 They are the numbers of `models.random`, since what a program multiplies is part of its time: where activations vanish,
 a GPU at its power limit computes products 10 to 15 % faster than a model's.
 """
@@ -13,7 +15,7 @@ import signal
 import tempfile
 import threading
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from math import prod
@@ -70,15 +72,8 @@ def write(config: Mapping[str, Any], context: int, folder: Path, dtype: torch.dt
         OutputError: a file cannot be written.
     """
     raw = described(config, context)
-    read = DecoderConfig.from_dict(raw)
+    read, expected, made = _made(raw, device)
     names = NAMES[read.architecture]
-    expected = Expected.of(read, names)
-    draws = Draws(device, 0, names.base + names.embedding)
-    made = {
-        plain_name(module, shape): partial(draws.matrix, module, stored_shape(shape))
-        for module, shape in expected.matrices.items()
-    }
-    made |= {name: partial(draws.vector, name, shape) for name, shape in expected.vectors.items()}
     files: dict[str, list[str]] = defaultdict(list)
     layer = names.base + names.layer.partition("{layer}")[0]
     for name in made:
@@ -92,8 +87,41 @@ def write(config: Mapping[str, Any], context: int, folder: Path, dtype: torch.dt
         for file, inside in files.items():
             save_file({name: made[name]().to(dtype).cpu() for name in inside}, folder / file, {"format": "pt"})
         (folder / INDEX_NAME).write_text(json.dumps(index), encoding="utf-8")
-        (folder / CONFIG_NAME).write_text(json.dumps({**raw, "dtype": dtype_name(dtype)}), encoding="utf-8")
     except (OSError, SafetensorError) as error:
+        raise OutputError(f"cannot write random weights to {folder}: {error}") from None
+    config_alone(config, context, folder, dtype)
+
+
+def tensors(
+    config: Mapping[str, Any], context: int, dtype: torch.dtype, device: torch.device
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield name and tensor of random weights, on their device, each made when it is asked for.
+
+    Args:
+        config, context: as of `described`.
+        dtype: of all tensors.
+        device: that draws the numbers.
+    """
+    _, _, made = _made(described(config, context), device)
+    for name, make in made.items():
+        yield name, make().to(dtype)
+
+
+def config_alone(config: Mapping[str, Any], context: int, folder: Path, dtype: torch.dtype) -> None:
+    """Write the config.json of a checkpoint whose weights come otherwise.
+
+    Args:
+        config, context: as of `described`.
+        folder: that is there.
+        dtype: of the weights.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    text = json.dumps({**described(config, context), "dtype": dtype_name(dtype)})
+    try:
+        (folder / CONFIG_NAME).write_text(text, encoding="utf-8")
+    except OSError as error:
         raise OutputError(f"cannot write random weights to {folder}: {error}") from None
 
 
@@ -159,6 +187,22 @@ def _ended_by_signals() -> Iterator[None]:
     finally:
         for one in taken:
             signal.signal(one, signal.SIG_DFL)
+
+
+def _made(
+    raw: Mapping[str, Any], device: torch.device
+) -> tuple[DecoderConfig, Expected, dict[str, Callable[[], torch.Tensor]]]:
+    """Return a model's configuration, what it expects, and name -> what makes the tensor in float32."""
+    read = DecoderConfig.from_dict(raw)
+    names = NAMES[read.architecture]
+    expected = Expected.of(read, names)
+    draws = Draws(device, 0, names.base + names.embedding)
+    made: dict[str, Callable[[], torch.Tensor]] = {
+        plain_name(module, shape): partial(draws.matrix, module, stored_shape(shape))
+        for module, shape in expected.matrices.items()
+    }
+    made |= {name: partial(draws.vector, name, shape) for name, shape in expected.vectors.items()}
+    return read, expected, made
 
 
 def _bytes(expected: Expected, dtype: torch.dtype) -> int:

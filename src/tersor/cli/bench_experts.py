@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tersor.cli import bench, console
+from tersor.cli import bench, console, options
 from tersor.errors import InputError
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def command(
         typer.Option("--from", metavar="FILE", help="Time nothing: show what --output wrote; options narrow it."),
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write JSON to a file.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    json: options.Json = False,
 ) -> None:
     """Time layers of experts, from the router's logits to the output, by CUDA graphs, or show what was timed."""
     from tersor.bench import contenders as linears

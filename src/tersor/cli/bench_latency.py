@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,7 +16,7 @@ from tersor.engine.config import EngineConfig
 from tersor.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
-    from tersor.bench.latency import Latency, Skipped
+    from tersor.bench.latency import Latency, Prefill, Skipped
     from tersor.planner.placement import Placement
 
 MODEL = "llama-3-8b"
@@ -39,7 +40,10 @@ def command(
     ] = None,
     sparsity: Annotated[
         str | None,
-        typer.Option(help="Part of the weights, but for the output head, that is pruned at random, such as 0.5."),
+        typer.Option(
+            help="Part of the weights, but for the output head, that is pruned at random, such as 0.5, or several such "
+            "as 0,0.5,0.7; 0 has them whole."
+        ),
     ] = None,
     dtype: Annotated[str, typer.Option(help="Of activations: float16 or bfloat16.")] = "float16",
     kv_dtype: Annotated[str, typer.Option(help="Of keys and values: auto, float16, bfloat16 or fp8.")] = "auto",
@@ -55,12 +59,15 @@ def command(
     placement: options.Placed = None,
     plan: options.Planned = None,
     against: options.AgainstVllm = None,
+    prefill: Annotated[
+        int | None, typer.Option(min=1, help="Of rivals also time prompts of so many tokens; default: none.")
+    ] = None,
     taken: Annotated[
         Path | None, typer.Option("--from", metavar="FILE", help="Time nothing: show what --output wrote.")
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw milliseconds a step over rows (.png, .pdf, .svg).")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write JSON to a file.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    json: options.Json = False,
 ) -> None:
     """Time decode steps of whole models with random weights, or show what was timed."""
     from tersor import plots
@@ -91,8 +98,10 @@ def command(
         geometries.geometry(name)
     multiplied = Activations.of(activations)
     named = rivals.named(against)
-    pruned = None if sparsity is None else bench.sparsity(sparsity)
-    if pruned is not None and (named or multiplied is not Activations.NATIVE):
+    if prefill is not None and not named:
+        raise InputError("--prefill is timed of rivals: name one in --against")
+    parts = [bench.sparsity(word) or None for word in (sparsity or "0").split(",")]
+    if any(parts) and (named or multiplied is not Activations.NATIVE):
         raise InputError("--sparsity: no rival has such weights, nor are they multiplied with 8-bit activations")
     if plot is not None:
         plots.check_plot(plot)
@@ -107,8 +116,6 @@ def command(
     variants = rivals.variants(named, [scheme for _, scheme in kinds], multiplied)
     bench.need_gpu("--from shows what was timed")
     kernel_dtype = bench.dtype_named(dtype)
-    if variants:
-        rival.check_room([geometries.config_json(name) for name in names], contexts, steps, dtype=dtype)
     import torch
 
     from tersor.bench import timing
@@ -128,7 +135,7 @@ def command(
         team, facts["placement"] = workers.joined(pages, placed, torch.device("cuda")), placed.to_dict()
     seat = team.seat
     ours: list[Latency] = []
-    theirs: list[Latency | Skipped] = []
+    theirs: list[Latency | Prefill | Skipped] = []
 
     def found() -> dict[str, Any]:
         return latency.result([*ours, *theirs], rivals.versions(named), **facts)
@@ -138,7 +145,7 @@ def command(
             report.write(output, report.text(found()))
 
     with console.progress("timing vllm") as move:  # first, while the GPU's memory is free
-        cells = len(names) * len(variants) * len(batches) * len(contexts)
+        cells = len(names) * len(variants) * (len(batches) * len(contexts) + (prefill is not None))
         for name in names:
             for row in rival.latencies(
                 variants,
@@ -150,6 +157,7 @@ def command(
                 dtype=dtype,
                 kv_dtype=kv_dtype,
                 cuda_graph=cuda_graph == "on",
+                prefill=prefill,
             ):
                 theirs.append(row)
                 move(len(theirs), cells)
@@ -158,7 +166,7 @@ def command(
         facts["read_bandwidth"] = timing.read_bandwidth()
     with console.progress("timing") as move:
         for name in names:
-            for label, scheme in kinds:
+            for (label, scheme), part in itertools.product(kinds, parts):
                 model, most = geometries.geometry(name), max(batches)
                 kv_bytes = latency.pages_for(batches, contexts) * page_bytes(model, pages.pages_dtype or kernel_dtype)
                 needed = replace(pages, max_rows=most, max_step_tokens=most, kv_bytes=kv_bytes)
@@ -169,7 +177,7 @@ def command(
                     seat.device,
                     kernel_dtype,
                     head=scheme if head_format is None else head,
-                    sparsity=pruned,
+                    sparsity=part,
                     activations=activations,
                     context=max(contexts),
                     offload=None if away is None else replace(away, told=_told),
@@ -196,7 +204,7 @@ def command(
                 runner.allocate(latency.pages_for(batches, contexts))
                 if cuda_graph == "on":
                     runner.capture(batches)
-                shown = label if pruned is None else f"{label}:s{100 * pruned:g}"
+                shown = label if part is None else f"{label}:s{100 * part:g}"
                 shown = shown if head_format in (None, label) else f"{shown}/{head_format}"
                 if team.first:
                     ours += latency.measure(runner, name, shown, batches, contexts, steps, move)
@@ -260,3 +268,6 @@ def show(result: dict[str, Any], json: bool) -> None:
     reached = "" if bandwidth is None else f"; a large read reaches {bandwidth / 1e12:.2f} TB/s"
     print(f"{gpu}, {result['dtype']} activations, keys and values in {kv}{reached}")
     console.print_table(*latency.columns(result))
+    for row in result.get("prefills", []):
+        asked = f"{row['prompts']} prompts of {row['prompt_tokens']} tokens"
+        print(f"{row['name']} in {row['format']} reads {row['tokens_per_second']:,.0f} tokens a second of {asked}")

@@ -77,7 +77,7 @@ def command(
     ] = False,
     chip: Annotated[str | None, typer.Option(help="GPU of a dry run, such as h200; default: the one here.")] = None,
     trust_remote_code: options.TrustRemoteCode = False,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    json: options.Json = False,
 ) -> None:
     """Time linears by CUDA graphs, or show what would be timed, or what was."""
     from tersor import plots

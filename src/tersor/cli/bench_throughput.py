@@ -56,7 +56,7 @@ def command(
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw requests a second (.png, .pdf, .svg).")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write JSON to a file.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    json: options.Json = False,
 ) -> None:
     """Answer workloads with random weights, planned and not, or show what was measured."""
     from tersor import plots

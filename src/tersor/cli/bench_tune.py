@@ -25,7 +25,7 @@ def command(
         Path | None, typer.Option(help="The table; default: the one in the cache directory that kernels look at.")
     ] = None,
     trust_remote_code: options.TrustRemoteCode = False,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    json: options.Json = False,
 ) -> None:
     """Measure, and add to the table that decides before the model does."""
     import torch

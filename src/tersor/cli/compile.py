@@ -13,7 +13,7 @@ _ENGINE = EngineConfig()
 
 
 def command(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint directory or hub id.")],
+    model: options.Model,
     revision: options.Revision = None,
     chip: Annotated[
         str | None, typer.Option(metavar="NAME", help="Compile for this GPU, such as h200, not for those here.")
@@ -33,7 +33,7 @@ def command(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Taken as elsewhere; no code of a model is needed here.")
     ] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    json: options.Json = False,
 ) -> None:
     """Fill the kernel cache: for `generate`, and for `serve` and `batch` with the same options."""
     from tersor.engine import ahead

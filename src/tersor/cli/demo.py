@@ -32,7 +32,7 @@ def command(
     max_tokens: Annotated[int, typer.Option(help="Tokens of Tersor's own text to evaluate on.")] = 16384,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     trust_remote_code: options.TrustRemoteCode = False,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    json: options.Json = False,
 ) -> None:
     """Compress, evaluate and generate, format by format."""
     from tersor import engine, evaluate, nn

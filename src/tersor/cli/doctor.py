@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 import _tersor_hook
 from tersor import hardware, settings
-from tersor.cli import console
+from tersor.cli import console, options
 from tersor.errors import UnsupportedError
 from tersor.version import __version__
 
@@ -39,7 +37,7 @@ _HOOK = {
 }
 
 
-def command(json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+def command(json: options.Json = False) -> None:
     """Report on this installation and machine."""
     found = examine()
     if json:

@@ -64,7 +64,7 @@ def command(
     plot: Annotated[Path | None, typer.Option(help="Draw size against quality (.png, .pdf, .svg).")] = None,
     trust_remote_code: options.TrustRemoteCode = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write JSON to a file.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    json: options.Json = False,
 ) -> None:
     """Evaluate each model in turn; only one and the reference are in memory at a time."""
     from tersor import evaluate, plots

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def command(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint directory or hub id.")],
+    model: options.Model,
     revision: options.Revision = None,
     full: Annotated[
         bool,

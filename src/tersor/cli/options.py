@@ -9,6 +9,8 @@ import typer
 
 from tersor.engine.config import MANY_ROWS
 
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint directory or hub id.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model, as if it were yours.")
 ]
@@ -21,6 +23,14 @@ Ignore = Annotated[
     list[str] | None,
     typer.Option(metavar="REGEX", help="Leave modules alone whose name it finds; repeatable."),
 ]
+CalibrationText = Annotated[
+    str | None,
+    typer.Option(
+        "--calibration",
+        metavar="FILE",
+        help="A text to calibrate on (UTF-8), JSON lines (.jsonl) with text or messages, or the id of a dataset.",
+    ),
+]
 CalibrationTokens = Annotated[
     int | None, typer.Option(help="Tokens of it that are used, in windows spread evenly; 128 windows if not given.")
 ]
@@ -28,6 +38,7 @@ CalibrationWindow = Annotated[
     int | None, typer.Option(help="Tokens in a window; 2048, or as many as the model takes, if not given.")
 ]
 ShardSize = Annotated[str, typer.Option(help="Size of an output file, such as 5GB or 500MB.")]
+WorkDevice = Annotated[str, typer.Option("--device", help="Where the work is done: auto, cpu, cuda or cuda:N.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue what an interrupted run left.")]
 
 # What a model writes, as `serve` and `batch` read it.
@@ -94,7 +105,7 @@ AgainstVllm = Annotated[
         "--against",
         help=(
             "Rivals, where vLLM is installed: vllm (16-bit weights), vllm:fp8, vllm:humming, vllm:tersor; default: "
-            "none. Random weights for them are in memory (/dev/shm), or else in TMPDIR, while they run."
+            "none. For `bench throughput` random weights are in memory (/dev/shm), or else in TMPDIR, while they run."
         ),
     ),
 ]

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from tersor.cli import console, options
-from tersor.cli.quantize import parse_size, print_report, resumable, show_progress
+from tersor.cli import options
+from tersor.cli.quantize import give, parse_size, resumable, show_progress
 
 
 def command(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint directory or hub id.")],
+    model: options.Model,
     output: Annotated[str, typer.Option("--output", "-o", help="Directory to make.")],
     revision: options.Revision = None,
     sparsity: Annotated[
@@ -28,7 +27,9 @@ def command(
     ] = None,
     algorithm: Annotated[
         str,
-        typer.Option(help="Which weights stay: magnitude, wanda, sparsegpt or admm, each better and slower."),
+        typer.Option(
+            help="Which weights stay: magnitude, which needs no text, wanda, sparsegpt or admm, each better and slower."
+        ),
     ] = "admm",
     values: Annotated[
         str | None,
@@ -41,8 +42,9 @@ def command(
     group_size: options.GroupSize = None,
     scale_dtype: Annotated[str | None, typer.Option(help="float16, bfloat16, float32 or e8m0.")] = None,
     update: Annotated[
-        bool, typer.Option("--update/--no-update", help="Fit the weights that stay to their mask.")
-    ] = True,
+        bool | None,
+        typer.Option("--update/--no-update", help="Fit the weights that stay to their mask; default: with a text."),
+    ] = None,
     allocate: Annotated[
         bool,
         typer.Option("--allocate", help="Give every matrix a share of its own, by what its zeros cost on the text."),
@@ -64,20 +66,14 @@ def command(
             "that finds a module decides.",
         ),
     ] = None,
-    calibration: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE",
-            help="A text (UTF-8), JSON lines (.jsonl) with text or messages, or the id of a dataset.",
-        ),
-    ] = None,
+    calibration: options.CalibrationText = None,
     calibration_tokens: options.CalibrationTokens = None,
     calibration_window: options.CalibrationWindow = None,
-    device: Annotated[str, typer.Option(help="Where blocks are pruned: auto, cpu, cuda or cuda:N.")] = "cpu",
+    device: options.WorkDevice = "cpu",
     shard_size: options.ShardSize = "5GB",
     resume: options.Resume = False,
     trust_remote_code: options.TrustRemoteCode = False,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    json: options.Json = False,
 ) -> None:
     """Prune, then print what became of the tensors."""
     from tersor.convert.prune import prune
@@ -109,13 +105,8 @@ def command(
             progress=progress,
             trust_remote_code=trust_remote_code,
         )
-    for warning in report.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
-    if json:
-        console.print_json(report.to_dict())
-    else:
-        print_report(report)
-        if report.dead_units is not None:
-            dead = sum(report.dead_units.values())
-            what = "became zero" if dead_neurons == "drop" else "could be dropped"
-            print(f"{dead} MLP units never fire on the text and {what}; tersor-calibration.json has their numbers")
+    give(report, json)
+    if report.dead_units is not None and not json:
+        dead = sum(report.dead_units.values())
+        what = "became zero" if dead_neurons == "drop" else "could be dropped"
+        print(f"{dead} MLP units never fire on the text and {what}; tersor-calibration.json has their numbers")

@@ -27,7 +27,7 @@ _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
 def command(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint directory or hub id.")],
+    model: options.Model,
     revision: options.Revision = None,
     output: Annotated[
         str | None, typer.Option("--output", "-o", help="Directory to make; not needed for a dry run.")
@@ -58,14 +58,7 @@ def command(
     algorithm: Annotated[
         str, typer.Option(help="rtn: round to nearest; gptq: calibrated on a text, block by block.")
     ] = "rtn",
-    calibration: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE",
-            help="What gptq and transforms read: a text (UTF-8), JSON lines (.jsonl) with text or messages, or the id "
-            "of a dataset.",
-        ),
-    ] = None,
+    calibration: options.CalibrationText = None,
     calibration_tokens: options.CalibrationTokens = None,
     calibration_window: options.CalibrationWindow = None,
     transform: Annotated[
@@ -120,14 +113,12 @@ def command(
     export: Annotated[
         str, typer.Option(help="Checkpoint format: tersor, humming, compressed-tensors or quark.")
     ] = "tersor",
-    device: Annotated[
-        str, typer.Option(help="Where weights are encoded and blocks calibrated: auto, cpu, cuda or cuda:N.")
-    ] = "cpu",
+    device: options.WorkDevice = "cpu",
     shard_size: options.ShardSize = "5GB",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be done.")] = False,
     resume: options.Resume = False,
     trust_remote_code: options.TrustRemoteCode = False,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    json: options.Json = False,
 ) -> None:
     """Compress, then print what became of the tensors."""
     from tersor.convert.job import quantize
@@ -165,14 +156,19 @@ def command(
             batch=batch,
             chip=chip,
         )
+    give(report, json)
+
+
+def give(report: Report, json: bool) -> None:
+    """Print what was done, or in a dry run would be: as JSON where that is asked for; warnings go to stderr."""
     for warning in report.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     if json:
         console.print_json(report.to_dict())
-    elif dry_run:
+    elif report.output is None:
         _print_dry_run(report)
     else:
-        print_report(report)
+        _print_report(report)
 
 
 def parse_size(text: str) -> int:
@@ -293,7 +289,7 @@ def _print_pruned(report: Report) -> None:
         print(f"{what} stored sparse, of whose elements {100 * left:.1f} % are left")
 
 
-def print_report(report: Report) -> None:
+def _print_report(report: Report) -> None:
     """Print a line for every scheme: tensors, bits per weight, sizes, worst error and where."""
     _warn(report)
     _print_method(report)

@@ -63,7 +63,8 @@ class Sweep:
         grid: the values there are.
         values: float32 [IC, rows], what comes out.
         changes: float32 [BLOCK, rows], what a block leaves for those behind it: errors, or changes of weights.
-        kept: float32 [IC, rows], 1 where a weight has a value, 0 where it is zero; `None` where all have one.
+        kept: float32 [IC, rows], 1 where a weight has a value, 0 where it is zero, and was before; `None` where all
+            have one.
     """
 
     given: torch.Tensor
@@ -150,7 +151,8 @@ def round_columns(
     rest = target.clone(memory_format=torch.contiguous_format)
     changes, values = torch.empty_like(rest[:BLOCK]), torch.empty_like(rest)
     scale, zero_point = scale.contiguous(), zero_point.contiguous()
-    sweep = Sweep(rest, None, scale, zero_point, groups, hessian.moves, grid, values, changes, kept)
+    mask = None if kept is None else kept.contiguous()
+    sweep = Sweep(rest, None, scale, zero_point, groups, hessian.moves, grid, values, changes, mask)
     return _swept(sweep, hessian.behind[0])
 
 
@@ -178,7 +180,8 @@ def descend_columns(
     slopes = gradient.clone(memory_format=torch.contiguous_format)
     before, changes, values = choice.values.contiguous(), torch.empty_like(slopes[:BLOCK]), torch.empty_like(slopes)
     scale, zero_point = choice.scale.contiguous(), choice.zero_point.contiguous()
-    sweep = Sweep(slopes, before, scale, zero_point, groups, hessian.ordered, grid, values, changes, kept)
+    mask = None if kept is None else kept.contiguous()
+    sweep = Sweep(slopes, before, scale, zero_point, groups, hessian.ordered, grid, values, changes, mask)
     return _swept(sweep, hessian.behind[1])
 
 

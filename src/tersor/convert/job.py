@@ -3,35 +3,27 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, overload
 
-import torch
 from torch import nn
 
 from tersor.checkpoint.config import Represented, parse_ignore
 from tersor.checkpoint.conversion import Conversion, make_conversion
-from tersor.checkpoint.exports import Export, get_export
+from tersor.checkpoint.exports import get_export
 from tersor.checkpoint.modules import Architecture
-from tersor.checkpoint.released import read_released
-from tersor.checkpoint.source import Source, open_source
 from tersor.compress import DEFAULT_RECIPE, get_recipe
-from tersor.convert.beside import model_dtype, write_beside
+from tersor.convert.beside import model_dtype
 from tersor.convert.calibrate import (
     Calibration,
-    Plan,
     calibrate,
     check_options,
-    discard,
     plan,
     planned_again,
 )
 from tersor.convert.checks import (
     DEFAULT_SHARD_BYTES,
-    check_apart,
     check_destination,
     check_growth,
     check_in_place,
@@ -39,10 +31,10 @@ from tersor.convert.checks import (
     check_shard_bytes,
     check_space,
 )
-from tersor.convert.layers import write_layers
+from tersor.convert.making import Making
 from tersor.convert.mix import STAND_IN, fingerprint, mix_of
 from tersor.convert.module import quantize_module
-from tersor.convert.pipeline import Pipeline, Progress, row_of
+from tersor.convert.pipeline import Progress
 from tersor.convert.report import Report
 from tersor.convert.resume import Workplace
 from tersor.convert.rotate import rotate
@@ -53,7 +45,6 @@ from tersor.errors import InputError
 from tersor.formats import Assignment
 from tersor.hardware import resolve_device
 from tersor.integrations.transformers.architecture import read_architecture
-from tersor.version import __version__
 
 
 @overload
@@ -204,7 +195,6 @@ def quantize(
         InputError: bad options or a bad checkpoint; nothing is left behind.
         OutputError: the output cannot be written; the work so far stays for `resume`.
     """
-    started = time.monotonic()
     limits = (target_bits, target_size, target_latency, batch, chip)
     target = parse_target(levels, *limits, group_size, scale_dtype)
     mix = mix_of(assignments)
@@ -245,26 +235,16 @@ def quantize(
     patterns = parse_ignore(ignore)
     dense = text or target or mix or wanted or outliers or export != "tersor"
     asked = asked.check(sparse, "a calibration, levels, transforms, outliers and exports store none" if dense else "")
-    with open_source(model, revision) as source:
-        if destination is not None:
-            check_apart(source, destination)
-        released = read_released(source)
-        if released is not None:
-            source.tensors = released.tensors
-        untied = ROTATE in wanted
+    with Making.of(model, revision, destination, algorithm, where, progress) as making:
+        source, released, untied = making.source, making.released, ROTATE in wanted
         if untied:
             rotate(source, seed, trust_remote_code=trust_remote_code)
         chosen_export = get_export(export, model_dtype(source))
         asked = asked.with_scales(chosen_export.default_scale_dtype).with_outliers_in(model_dtype(source))
         scheme: Represented = mix or (STAND_IN if target else asked.scheme())
-        provenance = {
-            "tersor": __version__,
-            "algorithm": algorithm,
-            "source": source.label,
-            **({"source_revision": revision} if revision is not None else {}),
-            **({"source_method": released.method} if released is not None else {}),
-            **({"transforms": ", ".join(wanted), "seed": str(seed)} if wanted else {}),
-        }
+        provenance = making.provenance
+        if wanted:
+            provenance |= {"transforms": ", ".join(wanted), "seed": str(seed)}
         given_overrides, survey = asked.parsed_overrides(), Survey()
 
         def converted(architecture: Architecture) -> Conversion:
@@ -285,116 +265,40 @@ def quantize(
         conversion = converted(architecture)
         if released is not None:
             check_growth(source, conversion, released, patterns)
-        source_method = released.method if released is not None else ""
-        companions = source.companions()
         if dry_run or destination is None:
-            rows = tuple(row_of(step) for step in conversion.steps)
-            files = tuple(name for name, _ in conversion.shards)
-            seconds = time.monotonic() - started
-            said = conversion.config.scheme.key()
-            return Report(source.label, None, said, export, rows, files, seconds, source_method=source_method)
-        targets = architecture.find(source.tensors) if text is not None else {}
-        del architecture  # with the model behind it
-        given = None
+            return making.planned(conversion, chosen_export)
+        given, targets, scored = None, architecture.find(source.tensors) if text is not None else {}, target is not None
         if text is not None:
-            scored = target is not None
             given = plan(source, targets, conversion, text, where, trust_remote_code=trust_remote_code, scored=scored)
-            provenance.update(given.provenance)
+            provenance |= given.provenance
         identity = {
-            "tersor": __version__,
-            "model": source.label,
             "export": export,
             "shard size": shard_bytes,
             **{key: value for key, value in conversion.config.to_dict().items() if key != "provenance"},
-            "algorithm": algorithm,
             **({"transforms": list(wanted), "seed": seed} if wanted else {}),
             **({"levels of output features": fingerprint(assignments)} if assignments else {}),
             **(target.identity(conversion) if target is not None else {}),
-            "source's compression": dict(released.settings) if released is not None else None,
             **(given.identity if given is not None else {}),
-            "weights": source.fingerprint(),
         }
         if target is not None:
             assert given is not None
             target.check(conversion, given)
             provenance["target"] = target.words
-        work, mixing = Workplace(destination, identity, resume), None
-        try:
+        with Workplace(destination, making.identity(identity), resume) as work:
+            mixing = None
             if target is not None:
                 assert given is not None
                 mixing = target.assign(conversion, given, work, progress)
                 assignments = mixing.assignments
                 scheme = mix_of(assignments) or scheme
-                conversion = converted(
-                    read_architecture(source.directory, trust_remote_code=trust_remote_code, untied=untied)
-                )
+                conversion = converted(architecture)
                 given = planned_again(given, targets, conversion)
-            report = _write(
-                source,
-                conversion,
-                companions,
-                work,
-                chosen_export,
-                algorithm,
-                destination,
-                where,
-                given,
-                progress,
-                started,
-            )
-            return report if mixing is None else replace(report, mix=mixing.to_dict())
-        finally:
-            work.close()
-
-
-def _write(
-    source: Source,
-    conversion: Conversion,
-    companions: Sequence[Path],
-    work: Workplace,
-    chosen_export: Export,
-    recipe: str,
-    destination: Path,
-    device: torch.device,
-    given: Plan | None,
-    progress: Progress | None,
-    started: float,
-) -> Report:
-    names = [name for name, _ in conversion.shards]
-    first = len(work.rows)
-    try:
-        unfinished = first < len(names)
-        check_space(conversion, work, given.disk_bytes(work.directory) if given is not None and unfinished else 0)
-        ready = None
-        if given is not None and unfinished and (get_recipe(recipe).needs or given.calibration.changes):
-            conversion, ready = calibrate(given, conversion, recipe, work.directory, progress)
-        # What calibration does not reach, such as an embedding that is asked for, is rounded to nearest.
-        rounding = DEFAULT_RECIPE if given is not None else recipe
-        pipeline = Pipeline(conversion, rounding, work.directory, device, progress, ready)
-        streaming = time.monotonic()
-        pipeline.run(first, lambda number, rows: work.finished(rows, names[: number + 1]))
-        stream_seconds = time.monotonic() - streaming
-        write_beside(source, conversion, chosen_export, recipe, companions, work.directory)
-        write_layers(conversion, (row for rows in work.rows for row in rows), work.directory)
-        if given is not None:
-            discard(work.directory)
-        work.publish()
-    except InputError:
-        # The input is at fault, so there is nothing to continue.
-        work.discard()
-        raise
-    done = {row.name: row for rows in work.rows for row in rows}
-    skipped = {index for _, indices in conversion.shards[:first] for index in indices}
-    read = [step.source.nbytes for index, step in enumerate(conversion.steps) if index not in skipped]
-    return Report(
-        source=source.label,
-        output=str(destination),
-        scheme=conversion.config.scheme.key(),
-        export=chosen_export.name,
-        rows=tuple(done[step.source.spec.name] for step in conversion.steps),
-        files=tuple(names),
-        seconds=time.monotonic() - started,
-        stream_seconds=stream_seconds,
-        bytes_read=sum(read),
-        source_method=conversion.config.provenance.get("source_method", ""),
-    )
+            del architecture  # with the model behind it
+            unfinished, ready = len(work.rows) < len(conversion.shards), None
+            check_space(conversion, work, given.disk_bytes(work.directory) if given is not None and unfinished else 0)
+            if given is not None and unfinished and (get_recipe(algorithm).needs or given.calibration.changes):
+                conversion, ready = calibrate(given, conversion, algorithm, work.directory, progress)
+            # What calibration does not reach, such as an embedding that is asked for, is rounded to nearest.
+            rounding = DEFAULT_RECIPE if given is not None else algorithm
+            report = making.write(conversion, chosen_export, work, rounding, ready)
+        return report if mixing is None else replace(report, mix=mixing.to_dict())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,34 +15,28 @@ from tersor.checkpoint.exports import get_export
 from tersor.checkpoint.modules import Architecture, LinearLayer
 from tersor.checkpoint.names import MASK
 from tersor.checkpoint.pruned import FindPruned
-from tersor.checkpoint.released import read_released
-from tersor.checkpoint.source import StoredTensor, open_source
+from tersor.checkpoint.source import StoredTensor
+from tersor.compress import DEFAULT_RECIPE
 from tersor.compress.prune import Pattern, get_algorithm
 from tersor.compress.prune.allocate import allocate as allocate_shares
-from tersor.convert.beside import model_dtype, write_beside
-from tersor.convert.calibrate import Calibration, Plan, calibrate, costs, discard, plan
+from tersor.convert.beside import model_dtype
+from tersor.convert.calibrate import Calibration, Plan, calibrate, costs, plan
+from tersor.convert.calibrate.alone import alone_bytes, code_alone
 from tersor.convert.calibrate.pruning import PruneCoder
 from tersor.convert.calibrate.store import LOG_NAME
 from tersor.convert.calibrate.units import Units
-from tersor.convert.checks import (
-    DEFAULT_SHARD_BYTES,
-    check_apart,
-    check_destination,
-    check_shard_bytes,
-    check_space,
-)
-from tersor.convert.layers import write_layers
-from tersor.convert.pipeline import Pipeline, Progress, Ready
+from tersor.convert.checks import DEFAULT_SHARD_BYTES, check_destination, check_shard_bytes, check_space
+from tersor.convert.making import Making
+from tersor.convert.pipeline import Progress, Ready
 from tersor.convert.report import Report
 from tersor.convert.resume import Workplace
 from tersor.convert.survey import dense_bytes
-from tersor.convert.zeros import DEAD_NEURONS, Asked, parse_values
+from tersor.convert.zeros import DEAD_NEURONS, Asked, check_without_text, parse_values
 from tersor.errors import InputError
 from tersor.formats import Pruned, Sparse
 from tersor.hardware import resolve_device
 from tersor.integrations.transformers.architecture import read_architecture
 from tersor.layouts import bitmap
-from tersor.version import __version__
 
 
 def prune(
@@ -57,7 +50,7 @@ def prune(
     values: str | None = None,
     group_size: int | None = None,
     scale_dtype: str | None = None,
-    update: bool = True,
+    update: bool | None = None,
     allocate: bool = False,
     dead_neurons: str | None = None,
     ignore: Sequence[str] = (),
@@ -73,10 +66,11 @@ def prune(
     progress: Progress | None = None,
     trust_remote_code: bool = False,
 ) -> Report:
-    """Prune the linear layers of a checkpoint's decoder blocks.
+    """Prune the linear layers of a checkpoint's decoder blocks; without a text, all linear layers.
 
-    Memory does not grow with the model: blocks are pruned one by one, each on what it reads in the model pruned so far.
-    The output directory appears under its name when it is complete; until then the work is in `<output>.partial`.
+    Memory does not grow with the model: blocks are pruned one by one, each on what it reads in the model pruned so far,
+    and without a text weights one by one. The output directory appears under its name when it is complete; until then
+    the work is in `<output>.partial`.
 
     Args:
         model: a checkpoint directory, or a Hub id that is downloaded.
@@ -88,13 +82,14 @@ def prune(
         values: of the weights that stay: a format such as `fp6`, or the model's dtype, such as `bf16`, which is also
             `None`.
         group_size, scale_dtype: of a format.
-        update: whether the weights that stay are fitted to their mask.
+        update: whether the weights that stay are fitted to their mask; `None` is with a text.
         allocate: whether matrices without an override get shares of their own, by what zeros in each cost.
         dead_neurons: `report` counts the MLP units that never fire on the text, `drop` makes them zero as well; `None`
             does not look for them.
         ignore: regular expressions of modules to leave alone.
         overrides: `REGEX=SPARSITY[:n:m][:row|:layer]`; the first that finds a module decides.
-        calibration: a file of text (UTF-8), a file of JSON lines (`.jsonl`), or the id of a dataset.
+        calibration: a file of text (UTF-8), a file of JSON lines (`.jsonl`), or the id of a dataset; `magnitude` needs
+            none.
         calibration_tokens, calibration_window: as for `convert.quantize`.
         seed: of the labels by which costs are measured.
         resume: continue the work that an interrupted run left in `<output>.partial`.
@@ -111,7 +106,6 @@ def prune(
         InputError: bad options or a bad checkpoint; nothing is left behind.
         OutputError: the output cannot be written; the work so far stays for `resume`.
     """
-    started = time.monotonic()
     chosen = get_algorithm(algorithm)
     asked = Asked.parse(sparsity, pattern, chosen.scope if scope is None else scope, overrides)
     if allocate and asked.usual.exact:
@@ -120,29 +114,23 @@ def prune(
         raise InputError(f"dead neurons {dead_neurons!r} is neither of {', '.join(DEAD_NEURONS)}")
     units = None if dead_neurons is None else Units(drop=dead_neurons == "drop")
     parse_values(values, group_size, scale_dtype, "float32")
-    if calibration is None:
-        raise InputError("pruning needs a text to calibrate on: add --calibration FILE")
-    text = Calibration(os.fspath(calibration), calibration_tokens, calibration_window, seed=seed)
+    text = None
+    if calibration is not None:
+        text = Calibration(os.fspath(calibration), calibration_tokens, calibration_window, seed=seed)
+    else:
+        tokens = (calibration_tokens, calibration_window, seed) != (None, None, 0)
+        check_without_text(algorithm, update=update, allocate=allocate, dead_neurons=dead_neurons, tokens=tokens)
+    fitted = text is not None if update is None else update
     where = resolve_device(device or "cpu")
     shard_bytes = check_shard_bytes(shard_size)
     patterns = parse_ignore(ignore)
     destination = check_destination(output, dry_run=False)
     assert destination is not None
-    with open_source(model, revision) as source:
-        check_apart(source, destination)
-        released = read_released(source)
-        if released is not None:
-            source.tensors = released.tensors
+    with Making.of(model, revision, destination, algorithm, where, progress) as making:
+        source = making.source
         sparse = parse_values(values, group_size, scale_dtype, model_dtype(source))
         export = get_export("tersor", model_dtype(source))
-        provenance = {
-            "tersor": __version__,
-            "algorithm": algorithm,
-            "sparsity": asked.usual.key(),
-            "source": source.label,
-            **({"source_revision": revision} if revision is not None else {}),
-            **({"source_method": released.method} if released is not None else {}),
-        }
+        provenance = {**making.provenance, "sparsity": asked.usual.key()}
 
         def converted(architecture: Architecture, find_pruned: FindPruned) -> Conversion:
             return make_conversion(
@@ -161,69 +149,42 @@ def prune(
         expected = _Expected(asked)
         conversion = converted(architecture, expected.find)
         expected.check(conversion)
-        companions = source.companions()
-        targets = architecture.find(source.tensors)
-        del architecture  # with the model behind it
-        given = plan(source, targets, conversion, text, where, trust_remote_code=trust_remote_code, scored=allocate)
-        outside = sorted(set(expected.patterns) - {task.name for task in given.tasks})
-        if outside:
-            raise InputError(f"{outside[0]} is in no decoder block and cannot be pruned: ignore it")
-        provenance.update(given.provenance)
+        given = None
+        if text is not None:
+            targets = architecture.find(source.tensors)
+            given = plan(source, targets, conversion, text, where, trust_remote_code=trust_remote_code, scored=allocate)
+            outside = sorted(set(expected.patterns) - {task.name for task in given.tasks})
+            if outside:
+                raise InputError(f"{outside[0]} is in no decoder block and cannot be pruned: ignore it")
+            provenance |= given.provenance
         identity = {
-            "tersor": __version__,
-            "model": source.label,
             "shard size": shard_bytes,
-            "algorithm": algorithm,
             "values": sparse.key(),
-            "update": update,
+            "update": fitted,
             "allocate": allocate,
             "dead neurons": dead_neurons,
             **asked.identity(),
             "ignore": list(patterns),
-            "source's compression": dict(released.settings) if released is not None else None,
-            **given.identity,
-            "weights": source.fingerprint(),
+            **(given.identity if given is not None else {"calibration": None}),
         }
-        work = Workplace(destination, identity, resume)
-        try:
-            check_space(conversion, work, given.disk_bytes(work.directory))
-            layers = expected.patterns
-            if allocate:
+        with Workplace(destination, making.identity(identity), resume) as work:
+            layers, dead = expected.patterns, None
+            kept = given.disk_bytes(work.directory) if given is not None else alone_bytes(conversion, work.directory)
+            check_space(conversion, work, kept)
+            if allocate and given is not None:
                 layers = _allocated(layers, asked, given, conversion, work.directory, progress)
-            coder = PruneCoder(layers, algorithm, sparse, update=update, units=units)
-            _, ready = calibrate(given, conversion, algorithm, work.directory, progress, coder, units)
-            again = read_architecture(source.directory, trust_remote_code=trust_remote_code)
-            final = converted(again, _Left(conversion, ready).find)
-            names = [name for name, _ in final.shards]
-            pipeline = Pipeline(final, "rtn", work.directory, where, progress, ready)
-            streaming = time.monotonic()
-            pipeline.run(len(work.rows), lambda number, rows: work.finished(rows, names[: number + 1]))
-            stream_seconds = time.monotonic() - streaming
-            write_beside(source, final, export, algorithm, companions, work.directory)
-            write_layers(final, (row for rows in work.rows for row in rows), work.directory)
-            discard(work.directory)
-            log = json.loads((work.directory / LOG_NAME).read_text(encoding="utf-8"))
-            dead = {name: len(found) for name, found in log["dead_units"].items()} if units is not None else None
-            work.publish()
-        except InputError:
-            work.discard()
-            raise
-        finally:
-            work.close()
-        done = {row.name: row for rows in work.rows for row in rows}
-        return Report(
-            source=source.label,
-            output=str(destination),
-            scheme=final.config.scheme.key(),
-            export=export.name,
-            rows=tuple(done[step.source.spec.name] for step in final.steps),
-            files=tuple(names),
-            seconds=time.monotonic() - started,
-            stream_seconds=stream_seconds,
-            bytes_read=final.input_bytes,
-            source_method=released.method if released is not None else "",
-            dead_units=dead,
-        )
+            coder = PruneCoder(layers, algorithm, sparse, update=fitted, units=units)
+            if given is None:
+                ready = code_alone(conversion, coder, work.directory, where, progress)
+            else:
+                _, ready = calibrate(given, conversion, algorithm, work.directory, progress, coder, units)
+            final = converted(architecture, _Left(conversion, ready).find)
+            del architecture  # with the model behind it
+            report = making.write(final, export, work, DEFAULT_RECIPE, ready)
+        if units is not None:
+            log = json.loads((destination / LOG_NAME).read_text(encoding="utf-8"))
+            dead = {name: len(found) for name, found in log["dead_units"].items()}
+        return replace(report, dead_units=dead)
 
 
 class _Expected:

@@ -26,7 +26,7 @@ def partial_directory(output: Path) -> Path:
 
 
 class Workplace:
-    """The directory an output is made in, locked, with the record of what is finished.
+    """The directory an output is made in, locked as long as its context lasts, with the record of what is finished.
 
     Attributes:
         directory: `<output>.partial`.
@@ -138,6 +138,15 @@ class Workplace:
     def discard(self) -> None:
         """Remove everything."""
         shutil.rmtree(self.directory, ignore_errors=True)
+
+    def __enter__(self) -> Workplace:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """Release the lock; where the input is at fault there is nothing to continue, and everything goes."""
+        if isinstance(error, InputError):
+            self.discard()
+        self.close()
 
     def close(self) -> None:
         """Release the lock; idempotent."""

@@ -126,22 +126,18 @@ class Target:
             progress: called after every block.
 
         Raises:
-            InputError: activations or gradients that are not finite; what was begun is discarded.
+            InputError: activations or gradients that are not finite.
             CheckpointError, OutputError: as `calibrate.score` says.
         """
         found = Mixable.of(conversion)
-        try:
-            check_space(conversion, work, given.disk_bytes(work.directory))
-            scores = score(given, conversion, found.shapes, self.mix(found), work.directory, progress)
-            mix, experts = self.mix(found), found.experts
-            if self.seconds is not None:
-                timed = self.seconds, self.clock(found, given)
-                mixing = assign(scores, found.channels, mix, latency=timed, experts=experts)
-            else:
-                mixing = assign(scores, found.channels, mix, target_bytes=self.budget(found), experts=experts)
-        except InputError:
-            work.discard()
-            raise
+        check_space(conversion, work, given.disk_bytes(work.directory))
+        scores = score(given, conversion, found.shapes, self.mix(found), work.directory, progress)
+        mix, experts = self.mix(found), found.experts
+        if self.seconds is not None:
+            timed = self.seconds, self.clock(found, given)
+            mixing = assign(scores, found.channels, mix, latency=timed, experts=experts)
+        else:
+            mixing = assign(scores, found.channels, mix, target_bytes=self.budget(found), experts=experts)
         write_file(work.directory / LOG_NAME, (json.dumps(mixing.to_dict(), indent=1) + "\n").encode())
         return mixing
 

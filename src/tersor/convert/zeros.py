@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tersor.checkpoint.config import check_pattern, finds, parse_scheme
-from tersor.compress.prune import Pattern
+from tersor.compress.prune import Pattern, get_algorithm
 from tersor.errors import InputError
 from tersor.formats import Plain, Sparse, plain_values
 
@@ -61,6 +61,31 @@ class Asked:
     def identity(self) -> dict[str, Any]:
         """Return what was asked for, as JSON values."""
         return {"sparsity": self.usual.key(), "overrides": {regex: found.key() for regex, found in self.overrides}}
+
+
+def check_without_text(
+    algorithm: str, *, update: bool | None, allocate: bool, dead_neurons: str | None, tokens: bool
+) -> None:
+    """Check that nothing is asked for that only a calibration text can tell.
+
+    Args:
+        algorithm, update, allocate, dead_neurons: as `tersor.prune` takes them.
+        tokens: whether tokens, a window or a seed is asked for.
+
+    Raises:
+        InputError: it is; it is named.
+    """
+    needs = {
+        f"algorithm {algorithm!r}": get_algorithm(algorithm).needs_text,
+        "fitting weights to a mask": bool(update),
+        "allocating shares": allocate,
+        "looking for dead neurons": dead_neurons is not None,
+    }
+    for what, there in needs.items():
+        if there:
+            raise InputError(f"{what} needs a text to calibrate on: add --calibration FILE")
+    if tokens:
+        raise InputError("calibration tokens, window and seed say nothing without a calibration text")
 
 
 def parse_values(text: str | None, group_size: int | None, scale_dtype: str | None, dtype: str) -> Sparse:

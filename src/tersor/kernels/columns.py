@@ -36,13 +36,13 @@ def columns_source(descend: bool, middles: int) -> KernelSource:
         name=f"tersor_columns_{'descend' if descend else 'round'}_{middles}",
         header="calibrate/columns.cuh",
         parameters={"DESCEND": descend, "MIDDLES": middles},
-        arguments="PPPPPPPPPqiiff",
+        arguments="PPPPPPPPPPqiiff",
     )
 
 
 def prepare_columns(
     function: Function, *, stream: int, given: int, before: int, scale: int, zero_point: int, groups: int,
-    matrix: int, table: int, values: int, changes: int, stride: int, rows: int, low: float, high: float,
+    kept: int, matrix: int, table: int, values: int, changes: int, stride: int, rows: int, low: float, high: float,
 ) -> ColumnsLaunch:  # fmt: skip
     """Return what launches a sweep block by block.
 
@@ -53,6 +53,7 @@ def prepare_columns(
         before: address of the values to start from, float32 [IC, rows]; 0 where weights are rounded.
         scale, zero_point: addresses of float32 [G, rows].
         groups: address of int64 [IC].
+        kept: address of float32 [IC, rows], 0 where a value is zero; 0 where all weights have one.
         matrix: address of float32 [IC, stride], the unit triangular factor or the Hessian.
         table: address of float32 values and middles; 0 of an integer format.
         values: address of float32 [IC, rows], where values go.
@@ -67,13 +68,14 @@ def prepare_columns(
     def launch(start: int, end: int) -> None:
         """Launch the block of columns from `start` to `end`, at most `MOST_COLUMNS`."""
         at = start * row
-        old = before + at if before else 0
+        old, mask = (whole + at if whole else 0 for whole in (before, kept))
         addresses = (
             given + at,
             old,
             scale,
             zero_point,
             groups + 8 * start,
+            mask,
             matrix + start * diagonal,
             table,
             values + at,

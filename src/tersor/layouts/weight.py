@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from tersor.errors import ShapeError
-from tersor.formats import Encoded, Scheme, add_outliers, dequantize
+from tersor.formats import Encoded, Scheme, add_outliers, cut_outliers, dequantize
 from tersor.layouts import outliers as outlier_rounds
 from tersor.layouts import scales, stream, tiles
 from tersor.layouts.blocks import UNIT_OC
@@ -158,6 +158,10 @@ class PackedWeight(PackedTensors, Noted):
         Raises:
             ShapeError: columns are not whole quanta.
         """
+        if self.outliers is not None:
+            kept = _part(self.outliers, Part(part.rows))
+            kept = kept if part.columns is None else cut_outliers(kept, part.columns)
+            return self.dense.cut(part).beside(kept, self.scheme)
         stored = self.to_layout(STREAM)
         words, groups = part.stored(self.scheme)
         data, scale = _part(stored.data, words), _part(stored.scale, groups)

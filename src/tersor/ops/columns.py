@@ -17,11 +17,8 @@ from tersor.ops import current, dispatch
 
 
 def serve(sweep: sweeps.Sweep) -> sweeps.Block | None:
-    """Return what launches a kernel for every block of a sweep; `None` where the torch code goes over them.
-
-    That is so without a GPU that has kernels, and of a weight with a mask, which the kernel does not read.
-    """
-    if sweep.kept is not None or dispatch.kernel_chip(sweep.given.device) is None:
+    """Return what launches a kernel for every block of a sweep; `None` without a GPU that has kernels."""
+    if dispatch.kernel_chip(sweep.given.device) is None:
         return None
     index = sweep.given.get_device()
     function = jit.get(source_of(sweep), index)
@@ -73,6 +70,7 @@ def prepared(sweep: sweeps.Sweep, function: jit.Function, stream: int) -> column
         scale=sweep.scale.data_ptr(),
         zero_point=sweep.zero_point.data_ptr(),
         groups=sweep.groups.data_ptr(),
+        kept=0 if sweep.kept is None else sweep.kept.data_ptr(),
         matrix=sweep.matrix.data_ptr(),
         table=grid.table.data_ptr(),
         values=sweep.values.data_ptr(),

@@ -7,19 +7,31 @@ is made of operators that dispatch, so that gradients, torch.compile and autocas
 On compute capability 9.0 the fused kernel adds them to its sums. Elsewhere a small one ahead of it sums up the
 outliers of every row together with the residual, in float32, and rounds that to the dtype of the activations; the dense
 kernel adds it as its residual (`ops.outlier_sums`). So a result is rounded twice there. A gate is applied by itself.
+
+`tersor::outlier_linear` is the same product as one operator with a meta twin, for who traces a model and runs it
+without gradients: a trace of `multiply` holds what the sums are made of.
 """
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
-from tersor.formats import outlier_columns, outlier_values
+from tersor.formats import Scheme, outlier_columns, outlier_values
 from tersor.layouts import PackedWeight
 from tersor.layouts.gated import gated_channels
 from tersor.layouts.packing import NATIVE
 from tersor.ops import autocast, dense, dispatch, outlier_sums, prepared, serve, tensors
 from tersor.ops.gates import Gate
 from tersor.ops.reference import BLOCK_ELEMENTS
+
+_library = torch.library.Library("tersor", "FRAGMENT")
+_library.define(
+    "outlier_linear(Tensor x, Tensor data, Tensor scale, Tensor? zero_point, Tensor outliers, Tensor? arranged, "
+    "Tensor? bias, str scheme, int oc, int ic, str layout) -> Tensor"
+)
+_scheme = functools.lru_cache(256)(Scheme.from_key)
 
 
 def multiply(
@@ -101,3 +113,48 @@ def _dense(weight: PackedWeight) -> PackedWeight:
         found = weight.dense
         object.__setattr__(weight, "note", found)  # not part of the frozen value
     return found
+
+
+def _serve(
+    x: torch.Tensor,
+    data: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor | None,
+    outliers: torch.Tensor,
+    arranged: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    scheme: str,
+    oc: int,
+    ic: int,
+    layout: str,
+) -> torch.Tensor:
+    """Serve a call of the operator."""
+    weight = PackedWeight(_scheme(scheme), (oc, ic), data, scale, zero_point, layout, outliers, arranged)
+    if dispatch.environment_reason(x.dtype, x.device):
+        return multiply(x, weight, bias, None, 0)
+    return _beside_kernels(x, weight, _dense(weight), bias, None, 0)
+
+
+def _shape_only(
+    x: torch.Tensor,
+    data: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor | None,
+    outliers: torch.Tensor,
+    arranged: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    scheme: str,
+    oc: int,
+    ic: int,
+    layout: str,
+) -> torch.Tensor:
+    """Check a call and return an uninitialised result: for tensors without memory."""
+    of = prepared.weight_type(_scheme(scheme).dense.key(), oc, ic, layout)
+    return serve.shape_only(x, data, scale, zero_point, bias, of, None, 0)
+
+
+operator = torch.ops.tersor.outlier_linear.default
+for _device in autocast.DEVICES:
+    _library.impl("outlier_linear", _serve, _device)
+    _library.impl("outlier_linear", autocast.casting(operator), f"Autocast{_device}")
+torch.library.register_fake("tersor::outlier_linear", _shape_only, lib=_library)

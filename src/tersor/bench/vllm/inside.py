@@ -17,8 +17,11 @@ from typing import Any
 import numpy as np
 
 from tersor.bench import workloads
+from tersor.bench.vllm import loading
 
 Answers = Iterator[dict[str, Any]]
+_PREFILLED = 32768
+"""Tokens of the prompts that are timed at once."""
 
 
 def main() -> None:
@@ -35,6 +38,8 @@ def main() -> None:
             print(json.dumps(found), file=lines, flush=True)
 
         try:
+            if asked["llm"].get("load_format") == loading.FORMAT:
+                loading.register()
             from vllm import LLM
 
             for found in TASKS[asked["task"]](LLM(**asked["llm"]), **asked["arguments"]):
@@ -46,7 +51,14 @@ def main() -> None:
 
 
 def latency(
-    llm: Any, *, batches: Sequence[int], contexts: Sequence[int], steps: int, runs: int, vocabulary: int
+    llm: Any,
+    *,
+    batches: Sequence[int],
+    contexts: Sequence[int],
+    steps: int,
+    runs: int,
+    vocabulary: int,
+    prefill: int | None = None,
 ) -> Answers:
     """Time decode steps: what so many more tokens of every row take, a row being found in pages but for its last ones.
 
@@ -56,8 +68,19 @@ def latency(
         steps: of a run.
         runs: whose median is taken.
         vocabulary: of the random tokens.
+        prefill: tokens of prompts of which nothing is in pages, and which draw one token each, all of them at once;
+            these are timed first. `None` times none.
     """
     random = np.random.Generator(np.random.PCG64(0))
+    if prefill is not None:
+        count = max(1, _PREFILLED // prefill)
+        one = [_params(max_tokens=1, temperature=0)] * count
+        times = []
+        for _ in range(runs + 1):
+            prompts = list(random.integers(1, vocabulary, (count, prefill)))
+            times.append(_answered(llm, prompts, one)[0])
+        seconds = statistics.median(times[1:])
+        yield {"prompts": count, "prompt_tokens": prefill, "tokens_per_second": count * prefill / seconds}
     for context in contexts:
         length = max(1, context - steps // 2)
         for batch in batches:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from tersor.bench import latency, random_checkpoint, throughput
 from tersor.bench.contenders import UnfitError
 from tersor.bench.latency import Latency
 from tersor.bench.throughput import Throughput
+from tersor.bench.vllm import loading
 from tersor.bench.vllm.process import answers
 from tersor.bench.vllm.variants import Variant
 from tersor.bench.workloads import SHUFFLED, SORTED, Workload
@@ -24,22 +27,6 @@ _ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 """Of one GPU: with a process of its own, the engine would begin with the first rows that it is sent."""
 
 
-def check_room(
-    configs: Sequence[Mapping[str, Any]], contexts: Sequence[int], steps: int = latency.STEPS, *, dtype: str = "float16"
-) -> None:
-    """Refuse `latencies` of models, each of whose random weights must have a place, before the first is timed.
-
-    Args:
-        configs: config.json of the models.
-        contexts, steps, dtype: as of `latencies`.
-
-    Raises:
-        OutputError: there is no room for those of one.
-    """
-    for config in configs:
-        random_checkpoint.place(config, _longest(contexts, steps), float_dtype(dtype))
-
-
 def latencies(
     variants: Sequence[Variant],
     config: Mapping[str, Any],
@@ -51,29 +38,30 @@ def latencies(
     dtype: str = "float16",
     kv_dtype: str = "auto",
     cuda_graph: bool = True,
-) -> Iterator[Latency | latency.Skipped]:
-    """Time vLLM's decode steps of a model with random weights, the same ones in every format.
+    prefill: int | None = None,
+) -> Iterator[Latency | latency.Prefill | latency.Skipped]:
+    """Time vLLM's decode steps of a model with random weights, the same ones in every format, which are in no file.
 
     Args:
-        variants: the formats of the weights; without one, none are made.
+        variants: the formats of the weights.
         config: config.json of the model.
         name: of the model, for the rows.
         batches, contexts: every pair is timed.
         steps: of a run.
         dtype, kv_dtype: of activations and of what is quantised, and of keys and values.
         cuda_graph: whether vLLM compiles the model and runs it as CUDA graphs.
+        prefill: tokens of prompts whose prefill is timed first; `None` is none.
 
     Raises:
-        OutputError: there is no room for the weights.
+        OutputError: there is no folder for config.json.
     """
-    if not variants:
-        return
     options = {
         "dtype": dtype,
         "kv_cache_dtype": kv_dtype,
         "max_num_seqs": max(batches),
         "gpu_memory_utilization": EngineConfig().memory,
         "enforce_eager": not cuda_graph,
+        "load_format": loading.FORMAT,
     }
     arguments = {
         "batches": list(batches),
@@ -81,22 +69,24 @@ def latencies(
         "steps": steps,
         "runs": latency.RUNS,
         "vocabulary": DecoderConfig.from_dict(config).vocabulary,
+        "prefill": prefill,
     }
-    longest = _longest(contexts, steps)
-    with random_checkpoint.temporary(config, longest, float_dtype(dtype)) as model:
+    longest = max(max(contexts) + steps, prefill or 0) + 1
+    with tempfile.TemporaryDirectory(prefix="tersor-random-") as folder:
+        random_checkpoint.config_alone(config, longest, Path(folder), float_dtype(dtype))
         for variant in variants:
             try:
-                for found in answers(variant, model, longest, options, "latency", arguments, _ONE_PROCESS):
+                for found in answers(variant, Path(folder), longest, options, "latency", arguments, _ONE_PROCESS):
                     yield _latency(found, name, variant.format, cuda_graph)
             except UnfitError as error:
                 yield latency.Skipped(name=name, format=variant.format, what="", why=str(error))
 
 
-def _longest(contexts: Sequence[int], steps: int) -> int:
-    return max(contexts) + steps + 1
-
-
-def _latency(found: Mapping[str, Any], name: str, format: str, cuda_graph: bool) -> Latency | latency.Skipped:
+def _latency(
+    found: Mapping[str, Any], name: str, format: str, cuda_graph: bool
+) -> Latency | latency.Prefill | latency.Skipped:
+    if "prompts" in found:
+        return latency.Prefill(name=name, format=format, **found)
     batch, context = found["batch"], found["context"]
     if "why" in found:
         return latency.Skipped(name=name, format=format, what=f"{batch} rows of {context} tokens", why=found["why"])

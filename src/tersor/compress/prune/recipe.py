@@ -38,11 +38,13 @@ class Algorithm:
         mask: returns mask and weights for (weights wanted, statistic `HESSIAN`, the same as a `Hessian`, pattern).
         summary: what it does, in the past tense: `pruned by magnitude`.
         scope: where the share of zeros holds unless something else is asked for.
+        needs_text: whether it asks what the layer reads; the others take weights alone.
     """
 
     mask: Callable[[torch.Tensor, torch.Tensor, Hessian, Pattern], Masked]
     summary: str
     scope: str = "layer"
+    needs_text: bool = True
 
 
 def _plain(rows: torch.Tensor, kept: torch.Tensor) -> Masked:
@@ -54,7 +56,7 @@ def _sparsegpt(rows: torch.Tensor, moments: torch.Tensor, _: Hessian, pattern: P
 
 
 ALGORITHMS: dict[str, Algorithm] = {
-    "magnitude": Algorithm(lambda w, _, h, p: _plain(w, magnitude_mask(w, p)), "pruned by magnitude"),
+    "magnitude": Algorithm(lambda w, _, h, p: _plain(w, magnitude_mask(w, p)), "pruned by magnitude", needs_text=False),
     "wanda": Algorithm(lambda w, _, h, p: _plain(w, wanda_mask(w, h, p)), "pruned by Wanda", "row"),
     "sparsegpt": Algorithm(_sparsegpt, "pruned by SparseGPT"),
     "admm": Algorithm(lambda w, _, h, p: admm_mask(w, h, p), "pruned by ADMM"),
@@ -112,7 +114,8 @@ def prune(
         weight: [OC, IC], float16, bfloat16 or float32, any device.
         pattern: which masks are allowed.
         algorithm: a key of `ALGORITHMS`.
-        statistics: `HESSIAN`, and `SHIFT` where it was summed up; moved to the weight's device.
+        statistics: `HESSIAN`, and `SHIFT` where it was summed up; moved to the weight's device. Empty where there are
+            none: then the largest weights stay as they are, or on their nearest codes.
         scheme: of the weights that stay; `None` keeps the weight's dtype.
         update: whether the weights that stay are moved to the best ones for their mask; without, they are what the
             algorithm itself makes of them: SparseGPT's own updates, and elsewhere the weights as they were.
@@ -124,10 +127,15 @@ def prune(
 
     Raises:
         NonFiniteError, FormatError, ScaleError: as `quantize_rtn`.
-        InputError: statistics of another shape, not finite, or not second moments; no such algorithm.
+        InputError: statistics of another shape, not finite, or not second moments; none, and they are needed; no such
+            algorithm.
     """
     chosen = get_algorithm(algorithm)
     _check_finite(weight)
+    if not statistics:
+        if chosen.needs_text or update:
+            raise InputError(f"{algorithm!r}, and fitting weights to a mask, need statistics of what the layer reads")
+        return _alone(weight, pattern, scheme, allowed)
     statistics = {name: statistic.to(weight.device) for name, statistic in statistics.items()}
     check_statistics(weight, statistics)
     with exact_products(), torch.no_grad():
@@ -162,8 +170,29 @@ def prune(
             losses["quantized"] = loss(result)
         else:
             result = found.where(kept, 0.0).to(weight.dtype)
-        error = (result.float() - original).double().square_().sum()
-        return Pruned(result, kept, encoded, losses, float(error), float(original.double().square_().sum()))
+        return _pruned(original, result, kept, encoded, losses)
+
+
+def _alone(weight: torch.Tensor, pattern: Pattern, scheme: Scheme | None, allowed: torch.Tensor | None) -> Pruned:
+    """Keep the largest weights, whatever the layer reads."""
+    original = weight.float()
+    kept, found = _plain(original, _within(magnitude_mask(original, pattern), allowed))
+    result = found.to(weight.dtype)
+    if scheme is None:
+        return _pruned(original, result, kept, None, {})
+    encoded = quantize_rtn(result, scheme)
+    return _pruned(original, encoded.dequantize(), kept, encoded, {})
+
+
+def _pruned(
+    original: torch.Tensor,
+    result: torch.Tensor,
+    kept: torch.Tensor,
+    encoded: Encoded | None,
+    losses: dict[str, float],
+) -> Pruned:
+    error = (result.float() - original).double().square_().sum()
+    return Pruned(result, kept, encoded, losses, float(error), float(original.double().square_().sum()))
 
 
 def _within(kept: torch.Tensor, allowed: torch.Tensor | None) -> torch.Tensor:

@@ -101,8 +101,7 @@ class Plan:
             hidden = self.model.model.config.get_text_config().hidden_size
             stream = self.ids.numel() * hidden * self.model.dtype.itemsize
             needed += (len(self.model.blocks) + 2) * stream
-        there = sum(path.stat().st_size for path in Store.folder(directory).glob("*"))
-        return max(0, needed - there)
+        return max(0, needed - Store.held_bytes(directory))
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -242,12 +241,9 @@ def calibrate(
     changed: dict[int, Step] = {}
     records = [store.record(block) for block in sorted({task.block for task in given.tasks})]
     for record in records:
-        block = int(record["block"])
-        for index, (error, norm, underflowed) in record["steps"].items():
-            number = int(index)
-            ready[number] = Ready(_reader(store, block, number), error, norm, tuple(underflowed))
+        ready |= store.ready(record)
         for number in record["changed"]:
-            changed[number] = replaced(conversion.steps[number], store.tensors(block, number)[VALUE])
+            changed[number] = replaced(conversion.steps[number], store.tensors(record["block"], number)[VALUE])
     store.write_log(_log(given, conversion, recipe, records, ready))
     now = tuple(changed.get(number, step) for number, step in enumerate(conversion.steps))
     return replace(conversion, steps=now), ready
@@ -256,10 +252,6 @@ def calibrate(
 def discard(directory: Path) -> None:
     """Remove what a calibration kept while it ran; its log stays."""
     Store(directory).remove()
-
-
-def _reader(store: Store, block: int, index: int) -> Any:
-    return lambda: store.tensors(block, index)
 
 
 def _log(

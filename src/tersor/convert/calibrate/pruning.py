@@ -15,6 +15,7 @@ from tersor.convert.calibrate.units import Units
 from tersor.convert.survey import dense_bytes
 from tersor.formats import FLOAT_DTYPES, Plain, Sparse
 from tersor.layouts import PackedWeight, SparseWeight
+from tersor.ops import load_columns
 
 WEIGHT = "weight"
 """Name of a pruned weight [OC, IC] without codes that is smaller dense."""
@@ -46,7 +47,9 @@ class PruneCoder:
         self.recipe = "gptq"
 
     def prepare(self, tasks: Sequence[Task], device: torch.device) -> None:
-        """Load nothing: masks and the weights behind them are torch operations."""
+        """Load the kernels that go over columns, where weights get codes; masks are torch operations."""
+        if self._sparse.scheme is not None:
+            load_columns([self._sparse.scheme.format], device)
 
     def code(self, task: Task, weight: torch.Tensor, statistics: Mapping[str, torch.Tensor], first: int) -> Coded:
         """Prune a weight and pack it."""

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from tersor.checkpoint.header import TensorSpec, build, lay_out
 from tersor.checkpoint.names import SAFETENSORS_DTYPES
 from tersor.checkpoint.reader import SafetensorsFile
 from tersor.checkpoint.writer import output_error, write_file
+from tersor.convert.pipeline import Ready
 from tersor.errors import InputError
 
 LOG_NAME = "tersor-calibration.json"
@@ -56,6 +58,11 @@ class Store:
         """Return where the folder is, or will be."""
         return workplace / _FOLDER
 
+    @staticmethod
+    def held_bytes(workplace: Path) -> int:
+        """Return the bytes of what stands in the folder, if there is one."""
+        return sum(path.stat().st_size for path in Store.folder(workplace).glob("*"))
+
     def path(self, kind: str, block: int) -> Path:
         """Return the file of a kind, such as `block`, that belongs to a block."""
         return self.directory / f"{kind}-{block:05d}.safetensors"
@@ -87,6 +94,14 @@ class Store:
                 f"{file.path} cannot be read ({error}): remove {self.directory.parent} and start again"
             ) from None
         return found
+
+    def ready(self, record: Mapping[str, Any]) -> dict[int, Ready]:
+        """Return the packed weights of a block by their steps; they are read when they are written."""
+        block = int(record["block"])
+        return {
+            int(index): Ready(partial(self.tensors, block, int(index)), error, norm, tuple(underflowed))
+            for index, (error, norm, underflowed) in record["steps"].items()
+        }
 
     def tensors(self, block: int, index: int) -> dict[str, torch.Tensor]:
         """Return the packed tensors of a step of a finished block, by their own names."""

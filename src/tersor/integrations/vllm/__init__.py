@@ -1,7 +1,8 @@
 """Tersor checkpoints in vLLM: an entry point of the group `vllm.general_plugins`, called in each of its processes.
 
 `compat` is all that knows where vLLM's releases differ. `plan` says which stored weight belongs to which layer of vLLM,
-`arriving` makes a rank's weights of tensors as they come, `parts` multiplies with them; none of these three needs vLLM.
+`checks` what is refused before a worker starts, `arriving` makes a rank's weights of tensors as they come, `parts`
+multiplies with them; none of these four needs vLLM.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ def register() -> None:
     It runs in every process of every vLLM of an environment, whatever that serves, so it raises nothing.
     """
     try:
-        from tersor.integrations.vllm.compat import register_quantization_config
+        from tersor.integrations.vllm.compat import register_quantization_config, when_verified
         from tersor.integrations.vllm.config import NAME, TersorVllmConfig
     except ImportError as error:
         words = "tersor: this vLLM does not know its checkpoints, 0.26 and newer do (%s)"
         logging.getLogger("vllm.tersor").warning(words, error)
         return
     register_quantization_config(NAME)(TersorVllmConfig)
+    when_verified(TersorVllmConfig)

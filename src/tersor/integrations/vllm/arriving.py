@@ -16,6 +16,7 @@ from tersor.checkpoint.names import (
     DENSE,
     LEVEL,
     MASK,
+    OUTLIERS,
     PACKED,
     SCALE,
     VALUES,
@@ -24,11 +25,12 @@ from tersor.checkpoint.names import (
     stored_tensors,
 )
 from tersor.checkpoint.pack import pack
-from tersor.errors import CheckpointError, FormatError, NonFiniteError, ShapeError, UnsupportedError
-from tersor.formats import Activations, Assignment, Mix, Pruned, Scheme, Sparse
+from tersor.errors import CheckpointError, FormatError, NonFiniteError, ShapeError
+from tersor.formats import Assignment, Mix, Scheme, Sparse
+from tersor.integrations.vllm.checks import need_drawable, need_quantum
 from tersor.integrations.vllm.plan import WEIGHT, Stored
 from tersor.layouts import MixedWeight, PackedWeight, SparseWeight
-from tersor.layouts.shard import Part, quantum
+from tersor.layouts.shard import Part
 from tersor.models.stored import joined
 from tersor.models.weights import Matrix
 
@@ -72,14 +74,8 @@ class Piece:
         self.stored, self.place = stored, place
         self._arrived: dict[str, torch.Tensor] = {}
         self._weight: Matrix | None = None
-        columns = place.part.columns
-        if columns is not None and stored.represented is not None:
-            unit = _unit(stored.represented)
-            if columns[0] % unit or columns[1] % unit:
-                raise UnsupportedError(
-                    f"{stored.stem}: tensor parallelism gives a rank input channels {columns[0]} to {columns[1]}, and "
-                    f"a weight in {stored.represented.key()} is cut at multiples of {unit}: use fewer ranks"
-                )
+        if place.part.columns is not None:
+            need_quantum(stored, place.part.columns)
 
     @property
     def weight(self) -> Matrix | None:
@@ -113,10 +109,9 @@ class Piece:
         """Make a random weight in place of one that arrives: for times alone."""
         represented, (rows, channels) = self.stored.represented, self.place.shape
         few = torch.randn(min(rows, _DRAWN), channels, generator=torch.Generator().manual_seed(0)) * channels**-0.5
-        if isinstance(represented, Mix | Sparse):
-            raise UnsupportedError("random weights have one scheme: mixed and pruned ones come from a checkpoint")
+        need_drawable(self.stored)
         drawn: Matrix = few.to(self.place.device, self.place.dtype)
-        if represented is not None:
+        if isinstance(represented, Scheme):
             drawn = _on(packed_of(represented, channels, pack(few, represented).tensors), self.place.device)
         times, rest = divmod(rows, len(few))
         parts = [drawn] * times
@@ -228,33 +223,12 @@ def together(weights: Sequence[Matrix]) -> list[Matrix]:
     return [run[0] if len(run) == 1 else joined(run) for run in runs]
 
 
-def need_16bit(stored: Stored, activations: Activations) -> None:
-    """Hold that a weight can be multiplied with such activations.
-
-    Raises:
-        UnsupportedError: 8-bit ones with a pruned weight.
-    """
-    if isinstance(stored.represented, Sparse) and activations is not Activations.NATIVE:
-        raise UnsupportedError(
-            f"{stored.stem} is pruned, and pruned weights are multiplied with 16-bit activations alone"
-        )
-
-
 def _kind(weight: Matrix) -> object:
     if isinstance(weight, PackedWeight):
         return weight.scheme
     if isinstance(weight, MixedWeight):
         return weight.mix
     return weight.sparse if isinstance(weight, SparseWeight) else type(weight)
-
-
-def _unit(represented: Scheme | Mix | Sparse) -> int:
-    """Return the input channels that a weight is cut in, as `layouts.shard.quantum` says it of one that is there."""
-    if isinstance(represented, Mix):
-        return quantum(Assignment(represented, b""))
-    if isinstance(represented, Sparse):
-        return quantum(Pruned(represented, b""))
-    return quantum(represented)
 
 
 def packed_of(scheme: Scheme, channels: int, tensors: Mapping[str, torch.Tensor], stem: str = "") -> PackedWeight:
@@ -279,7 +253,8 @@ def packed_of(scheme: Scheme, channels: int, tensors: Mapping[str, torch.Tensor]
                 f"stores {form.dtype} {list(form.shape)}"
             )
     zero_point = tensors[names[ZERO_POINT]] if scheme.has_zero_point else None
-    return PackedWeight(scheme, (rows, channels), tensors[names[PACKED]], tensors[names[SCALE]], zero_point)
+    of = (scheme, (rows, channels), tensors[names[PACKED]], tensors[names[SCALE]], zero_point)
+    return PackedWeight(*of, outliers=None if scheme.outliers is None else tensors[names[OUTLIERS]])
 
 
 def _mixed(mix: Mix, channels: int, tensors: Mapping[str, torch.Tensor]) -> MixedWeight:
@@ -295,5 +270,6 @@ def _mixed(mix: Mix, channels: int, tensors: Mapping[str, torch.Tensor]) -> Mixe
 def _on(weight: PackedWeight | MixedWeight | SparseWeight, device: torch.device) -> Matrix:
     if isinstance(weight, MixedWeight | SparseWeight):
         return weight.to(device)
-    zero_point = None if weight.zero_point is None else weight.zero_point.to(device)
-    return PackedWeight(weight.scheme, weight.shape, weight.data.to(device), weight.scale.to(device), zero_point)
+    zero_point, outliers = (None if one is None else one.to(device) for one in (weight.zero_point, weight.outliers))
+    of = (weight.scheme, weight.shape, weight.data.to(device), weight.scale.to(device), zero_point)
+    return PackedWeight(*of, outliers=outliers)

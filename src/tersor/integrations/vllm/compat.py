@@ -6,17 +6,23 @@
 | a method of experts is asked for `maybe_make_prepare_finalize` | 0.26 and 0.27; later ones do not ask |
 | layers may have a rank of their own (`tp_rank`, `disable_tp` of an embedding) | 0.33; 0.26 to 0.31 have one of all |
 | experts may be cut in blocks with padding (`tp_shard_with_padding`) | from 0.31 on |
+| the loader of Granite's mixtures, but for the hybrid, calls gate, up and down `w1`, `w3`, `w2` | 0.26 and 0.27 |
 | a method may be handed weights that were processed before (`supports_pre_processed_weights`) | 0.33; not taken |
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import ast
+import functools
+import importlib.util
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from vllm.config import get_current_vllm_config
+from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, RoutedExperts
 from vllm.model_executor.layers.linear import (
     LinearBase,
@@ -30,6 +36,8 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
 from tersor.errors import UnsupportedError
+from tersor.integrations.vllm.checks import Started
+from tersor.integrations.vllm.plan import DOWN, GATE, UP, Stack
 from tersor.layouts.shard import Span
 from tersor.ops import Gate
 
@@ -46,12 +54,140 @@ __all__ = [
     "register_quantization_config",
 ]
 
+_OF_VOCABULARY = {"VocabParallelEmbedding": "embedding", "ParallelLMHead": "head"}
+_GRANITE = ("GraniteMoeForCausalLM", "GraniteMoeSharedForCausalLM")
 _GATES = {"silu": Gate.SILU, "gelu": Gate.GELU, "gelu_tanh": Gate.GELU_TANH}
 
 
 def draws_weights() -> bool:
     """Whether vLLM is told to make weights up (`--load-format dummy`); asked while it builds the model."""
     return str(get_current_vllm_config().load_config.load_format) == "dummy"
+
+
+def when_verified(kind: type[Any]) -> None:
+    """Have vLLM's main process call `verify` of a quantisation configuration of a kind when it knows how it is started.
+
+    vLLM verifies what it is told where `VllmConfig` is made, in its main process, and asks a quantisation method only
+    for what the checkpoint says. So this looks at what is made; it changes none of it.
+    """
+    verify = VllmConfig.__post_init__
+    if hasattr(verify, "tersor"):  # a plug-in may be loaded more than once
+        return
+
+    @functools.wraps(verify)
+    def verified(config: Any, *arguments: Any) -> None:
+        verify(config, *arguments)
+        if isinstance(config.quant_config, kind):
+            config.quant_config.verify(_started(config))
+
+    verified.tersor = True  # type: ignore[attr-defined]
+    VllmConfig.__post_init__ = verified
+
+
+def _started(config: Any) -> Started:
+    parallel, offload = config.parallel_config, config.offload_config
+    across = parallel.data_parallel_size * parallel.prefill_context_parallel_size
+    whole = bool(parallel.enable_expert_parallel)
+    asked = {
+        "--enable-lora": config.lora_config is not None,
+        "--cpu-offload-gb": offload.uva.cpu_offload_gb > 0,
+        "--offload-group-size": offload.prefetch.offload_group_size > 0,
+    }
+    return Started(
+        ranks=parallel.tensor_parallel_size,
+        expert_ranks=parallel.tensor_parallel_size * across,
+        whole_experts=whole and parallel.tensor_parallel_size * across > 1,
+        exchanges=whole and across > 1,
+        balances=bool(parallel.enable_eplb),
+        random=str(config.load_config.load_format) == "dummy",
+        option=next((option for option, given in asked.items() if given), ""),
+    )
+
+
+def methodless(architectures: Sequence[str]) -> frozenset[str]:
+    """Return of `embedding` and `head` those that vLLM builds for a model without asking for a quantisation method.
+
+    Read in the file of its class, which is not imported: vLLM itself does not in its main process.
+
+    Args:
+        architectures: names of classes, of which vLLM knows some.
+    """
+    from vllm.model_executor.models import ModelRegistry
+
+    known = (ModelRegistry.models.get(name) for name in architectures)
+    module = next((found.module_name for found in known if hasattr(found, "module_name")), None)
+    spec = None if module is None else importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        return frozenset()
+    asked: dict[str, bool] = {}
+    for node in ast.walk(ast.parse(Path(spec.origin).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _OF_VOCABULARY:
+            what = _OF_VOCABULARY[node.func.id]
+            given = any(keyword.arg in ("quant_config", None) for keyword in node.keywords)
+            asked[what] = asked.get(what, False) or given
+    return frozenset(what for what, given in asked.items() if not given)
+
+
+def unstacking(mapper: Any, stacks: Mapping[str, Stack], architecture: str) -> Any:
+    """Return a mapper of names that also hands loaders the weights of each expert where one tensor holds those of all.
+
+    Args:
+        mapper: `WeightsMapper` of vLLM.
+        stacks, architecture: as of a `Plan`.
+    """
+    if not stacks:
+        return mapper
+    known = {_inside(stem): stack for stem, stack in stacks.items()}
+    kind: Any = type(mapper)
+    called = _granite_names() if architecture in _GRANITE else {}
+
+    class Unstacking(kind):  # type: ignore[misc]
+        """Merged with another it stays what it is."""
+
+        def __or__(self, other: Any) -> Any:
+            return _again(kind.__or__(self, other))
+
+        def __ror__(self, other: Any) -> Any:
+            return _again(kind.__or__(other, self))
+
+        def apply(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Any:
+            return super().apply(_taken_apart(weights, known, called))
+
+    def _again(one: Any) -> Any:
+        return Unstacking(**{field.name: getattr(one, field.name) for field in fields(one)})
+
+    return _again(mapper)
+
+
+def _taken_apart(
+    weights: Iterable[tuple[str, torch.Tensor]], stacks: Mapping[str, Stack], called: Mapping[str, str]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, tensor in weights:
+        stem, own, stack = name, "weight", stacks.get(_inside(name))
+        if stack is None:
+            stem, _, own = name.rpartition(".")
+            stack = stacks.get(_inside(stem))
+        if stack is None or tensor.dim() != 3:
+            yield name, tensor
+            continue
+        owner = stem.rpartition(".")[0]
+        experts = owner if owner.endswith(".experts") else f"{owner}.experts"
+        for expert, projection, part in stack.taken_apart(own, tensor):
+            yield f"{experts}.{expert}.{called.get(projection, projection)}.{own}", part
+
+
+def _inside(name: str) -> str:
+    """Return a name from its layer on: models inside of others are handed what their own part of a name is."""
+    return name[max(0, name.rfind("layers.")) :]
+
+
+@functools.cache
+def _granite_names() -> dict[str, str]:
+    """Return what vLLM's loader of Granite's mixtures calls gate, up and down."""
+    from vllm.model_executor.models import granitemoe
+
+    own = not hasattr(granitemoe.GraniteMoeModel, "hf_to_vllm_mapper")
+    return {GATE: "w1", UP: "w3", DOWN: "w2"} if own else {}
 
 
 def row_spans(layer: Any, sizes: Sequence[int]) -> list[tuple[int, Span]]:
@@ -116,8 +252,8 @@ def experts_gate(layer: Any) -> Gate:
         why = f"gate and up become one by {activation}"
     elif getattr(config, "has_bias", False):
         why = "they have biases"
-    elif layer.apply_router_weight_on_input:
-        why = "the router's weights come before the product"
+    elif layer.apply_router_weight_on_input and config.experts_per_token > 1:
+        why = "the router's weights come before the product, of several experts a token"
     elif getattr(layer, "swiglu_limit", None) is not None:
         why = "gate and up are clamped"
     elif config.moe_parallel_config.use_all2all_kernels:
@@ -146,6 +282,7 @@ def expect(layer: Any, tensors: Mapping[str, torch.dtype], loader: Callable[[str
             holder = holder.get_submodule(part)
         parameter = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
         parameter.weight_loader = loader(name)  # type: ignore[attr-defined]
+        parameter.output_dim = 0  # type: ignore[attr-defined]  # loaders that bring rows in order ask where they are
         holder.register_parameter(last, parameter)
         if path:  # experts are asked for it by its whole name
             layer.__dict__[name] = parameter

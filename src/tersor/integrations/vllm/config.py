@@ -14,13 +14,11 @@ from tersor.checkpoint.config import QUANT_METHOD, QuantizationConfig, parse_ign
 from tersor.checkpoint.names import MERGED
 from tersor.checkpoint.source import open_source
 from tersor.errors import InputError
-from tersor.formats import Activations, Scheme
-from tersor.integrations.vllm import compat, plan
-from tersor.integrations.vllm.arriving import need_16bit
+from tersor.formats import Activations
+from tersor.integrations.vllm import checks, compat, plan
 from tersor.integrations.vllm.embedding import TersorEmbeddingMethod, TersorTiedHeadMethod
 from tersor.integrations.vllm.experts import TersorExpertsMethod
 from tersor.integrations.vllm.linear import TersorLinearMethod
-from tersor.ops.dispatch import kernel_layout
 
 NAME = QUANT_METHOD
 _OPTIONS = ("format", "ignore", "overrides")
@@ -111,17 +109,28 @@ class TersorVllmConfig(compat.QuantizationConfig):
             with open_source(model_name, None if directory.is_dir() else revision) as source:
                 make = plan.of_checkpoint if self.stored else plan.while_loading
                 self.plan = make(source, self.parsed, trust_remote_code=foreign)
-        for stored in self.plan.stored.values():
-            need_16bit(stored, self.activations)
-        for represented in (*self.parsed.schemes, *(one.represented for one in self.plan.stored.values())):
-            if isinstance(represented, Scheme) and self.activations is not Activations.NATIVE:
-                kernel_layout(represented, torch.float16, self.activations)
-        if hf_config is not None:
-            text = hf_config.get_text_config()
+        text = None if hf_config is None else hf_config.get_text_config()
+        methodless = compat.methodless(getattr(hf_config, "architectures", None) or [])
+        checks.of_checkpoint(self.plan, self.activations, {} if text is None else text.to_dict(), methodless)
+        if hf_config is not None and text is not None:
             self._tied = bool(getattr(text, "tie_word_embeddings", False))
             if self._tied and any(stem.rpartition(".")[2] == "lm_head" for stem in self.plan.stored):
                 self._tied = text.tie_word_embeddings = hf_config.tie_word_embeddings = False  # a weight of its own
             hf_config.tersor = {"plan": self.plan.digest, "activations": str(self.activations)}
+
+    def verify(self, started: checks.Started) -> None:
+        """Hold that weights can be packed as vLLM is started, in its main process, which calls it once it knows that.
+
+        Raises:
+            UnsupportedError: they cannot; the line says why.
+        """
+        if self.plan is not None:
+            checks.of_start(self.plan, started)
+
+    def get_cache_scale_mapper(self) -> Any:
+        """Return what vLLM's loader renames weights by, which takes stacked experts apart."""
+        mapper = super().get_cache_scale_mapper()
+        return mapper if self.plan is None else compat.unstacking(mapper, self.plan.stacks, self.plan.architecture)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Call stored weights what vLLM's model calls its layers."""

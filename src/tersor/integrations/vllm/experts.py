@@ -115,6 +115,8 @@ class TersorExpertsMethod(compat.FusedMoEMethodBase):
         if index.dtype not in (torch.int32, torch.int64):
             index = index.to(torch.int64)
         held = layer.tersor
+        if layer.apply_router_weight_on_input:  # of one expert a token
+            x, topk_weights = x * topk_weights.to(x.dtype), torch.ones_like(topk_weights)
         return ops.experts(x, held.gate_up, held.down, index, topk_weights, gate=layer.tersor_gate)
 
     def get_fused_moe_quant_config(self, layer: Any) -> None:

@@ -18,7 +18,7 @@ from tersor.errors import UnsupportedError
 from tersor.formats import Activations, Scheme
 from tersor.layouts import MixedWeight, PackedWeight, SparseWeight, TiledSparseWeight
 from tersor.models.weights import Matrix
-from tersor.ops import row_sets
+from tersor.ops import outliers, row_sets
 
 
 class Part(nn.Module):
@@ -64,6 +64,19 @@ class DensePart(Part):
     def forward(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Multiply."""
         return torch.ops.tersor.linear(x, self.held_0, self.held_1, self.held_2, bias, *self.of)
+
+
+class OutlierPart(Part):
+    """A weight in one scheme that keeps outliers."""
+
+    def __init__(self, weight: PackedWeight) -> None:
+        held = [weight.data, weight.scale, weight.zero_point, weight.outliers, weight.arranged]
+        super().__init__(weight.shape[0], held)
+        self.of = (weight.scheme.key(), *weight.shape, weight.layout)
+
+    def forward(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """Multiply."""
+        return outliers.operator(x, *self.held, bias, *self.of)
 
 
 class MixedPart(Part):
@@ -149,7 +162,7 @@ def stored_of(part: Part) -> PackedWeight:
 def _part_of(weight: Matrix, dtype: torch.dtype, activations: Activations) -> Part:
     if isinstance(weight, PackedWeight):
         layout = ops.preferred_layout(weight.scheme, dtype, weight.data.device, activations)
-        return DensePart(weight.to_layout(layout))
+        return (DensePart if weight.outliers is None else OutlierPart)(weight.to_layout(layout))
     if isinstance(weight, MixedWeight):
         device = weight.device
         return MixedPart(weight.to_layout(lambda scheme: ops.preferred_layout(scheme, dtype, device, activations)))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -17,12 +17,13 @@ import torch
 from tersor.checkpoint.config import QuantizationConfig, Represented
 from tersor.checkpoint.conversion import make_conversion
 from tersor.checkpoint.exports import get_export
-from tersor.checkpoint.modules import Architecture
+from tersor.checkpoint.modules import Architecture, Linear
 from tersor.checkpoint.names import (
     DENSE,
     LEVEL,
     MASK,
     MIXED,
+    OUTLIERS,
     PACKED,
     SCALE,
     SPARSE,
@@ -39,9 +40,14 @@ from tersor.integrations.transformers.architecture import read_architecture
 
 WEIGHT = "weight"
 """Name of the tensor of a plain weight."""
-_DTYPES = {PACKED: torch.int32, VALUES: torch.int32, ZERO_POINT: torch.uint8, MASK: torch.uint8, LEVEL: torch.uint8}
+GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
+"""What the weights of an expert are called here where one tensor holds them for all experts of a layer."""
+_WORDS = dict.fromkeys((PACKED, VALUES, OUTLIERS), torch.int32)
+_DTYPES = {**_WORDS, ZERO_POINT: torch.uint8, MASK: torch.uint8, LEVEL: torch.uint8}
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.([^.]+)")
+_DOWN = (DOWN, "w2")
 _ROUTERS = ("gate", "router", "shared_expert_gate")
+_STACKED = {"gate_up_proj": (GATE, UP), "input_linear": (GATE, UP), "down_proj": (DOWN,), "output_linear": (DOWN,)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +58,13 @@ class Stored:
         stem: what its tensors are called before their own names.
         represented: how it is multiplied; `None` is plain.
         names: of its tensors.
+        channels: input channels; 0 where no header says how many.
     """
 
     stem: str
     represented: Represented | None
     names: frozenset[str] = frozenset({WEIGHT})
+    channels: int = 0
 
     def dtypes(self, plain: torch.dtype) -> dict[str, torch.dtype]:
         """Return name -> dtype of its tensors, that of a plain weight as vLLM would hold it."""
@@ -75,6 +83,33 @@ class Stored:
 
 
 @dataclass(frozen=True, slots=True)
+class Stack:
+    """One tensor that holds a weight of all experts of a layer, or gate and up of all.
+
+    Attributes:
+        experts: what vLLM calls the layer.
+        projections: of `GATE`, `UP` and `DOWN`, what its rows are.
+        pairs: whether gate and up of a channel are neighbours; else all gates come first.
+        transposed: whether a plain one is [E, IC, OC].
+    """
+
+    experts: str
+    projections: tuple[str, ...]
+    pairs: bool = False
+    transposed: bool = False
+
+    def taken_apart(self, own: str, tensor: torch.Tensor) -> Iterator[tuple[int, str, torch.Tensor]]:
+        """Yield expert, projection and what of a tensor [E, rows, ...] is theirs."""
+        whole = tensor.transpose(1, 2) if self.transposed and own == WEIGHT else tensor
+        for expert, rows in enumerate(whole):
+            parts = [rows]
+            if len(self.projections) > 1:
+                parts = [rows[0::2], rows[1::2]] if self.pairs else list(rows.chunk(2))
+            for projection, part in zip(self.projections, parts, strict=True):
+                yield expert, projection, part
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """How every weight of a model is stored.
 
@@ -82,12 +117,16 @@ class Plan:
         stored: name of the layer -> its compressed weight, or one to compress; names are the checkpoint's, or vLLM's
             after `renamed`.
         embeddings: names of embeddings among them.
+        stacks: the tensor's name in the checkpoint, but for what is said of it behind the last dot -> what it holds.
+        architecture: name of the model's class.
         everywhere: of a model without weights (`--load-format dummy`), what every linear layer gets; else `None`.
         digest: names all of this, for vLLM's own cache of compiled graphs.
     """
 
     stored: Mapping[str, Stored]
     embeddings: frozenset[str] = frozenset()
+    stacks: Mapping[str, Stack] = field(default_factory=dict)
+    architecture: str = ""
     everywhere: QuantizationConfig | None = None
     digest: str = field(default="", compare=False)
 
@@ -125,11 +164,12 @@ class Plan:
         if self.everywhere is not None:
             found = self._random([f"{prefix}.0.{name}" for name in projections])
             return None if found is None else dict(zip(projections, found, strict=True))
-        first = {name: self.stored.get(f"{prefix}.0.{name}") for name in projections}
-        known = {name: stored for name, stored in first.items() if stored is not None}
-        if known and len(known) < len(projections):
-            raise UnsupportedError(f"{prefix}: some weights of its experts are plain: vLLM takes all or none packed")
-        return {name: replace(stored, stem=f"{prefix}.*.{name}") for name, stored in known.items()} or None
+        for names in (projections, (GATE, UP, DOWN)):
+            first = [self.stored.get(f"{prefix}.0.{name}") for name in names]
+            known = [replace(one, stem=f"{prefix}.*.{name}") for name, one in zip(names, first, strict=True) if one]
+            if len(known) == len(projections):
+                return dict(zip(projections, known, strict=True))
+        return None
 
     def _random(self, names: Sequence[str]) -> list[Stored] | None:
         assert self.everywhere is not None
@@ -150,20 +190,19 @@ def of_checkpoint(source: Source, config: QuantizationConfig, *, trust_remote_co
     stems = stored_weights(source.tensors)
     if not stems:
         raise CheckpointError(f"{source.directory}: config.json says tersor, and no tensor is called *.{DENSE.marker}")
-    found = {}
+    found, stacks = {}, {}
     for stem, module in architecture.modules_of(stems).items():
         represented = config.resolve(*architecture.names_of(module))
         if represented is None:
             raise CheckpointError(f"{source.directory}: {stem} is packed, and quantization_config says to ignore it")
+        one, linear = _stored(stem, stems[stem], represented, source), architecture.linears.get(module)
+        if linear is not None:
+            one = replace(one, channels=linear.shape[-1])
         if module in architecture.stacks:
-            raise UnsupportedError(
-                f"{stem} is one tensor for all experts of a layer, which vLLM has loaders of its own for: run this "
-                "model with tersor serve"
-            )
-        found[stem] = _stored(stem, stems[stem], represented, source)
-    _check_experts(found.values())
+            stacks[stem] = _stack(stem, one, architecture.stacks[module])
+        found[stem] = one
     words = sorted((name, tensor.spec.dtype, tensor.spec.shape) for name, tensor in source.tensors.items())
-    return Plan(found, _embeddings(found, architecture), digest=_digest(str(words)))
+    return _planned(found, stacks, architecture, source, str(words))
 
 
 def while_loading(source: Source, config: QuantizationConfig, *, trust_remote_code: bool = False) -> Plan:
@@ -171,6 +210,7 @@ def while_loading(source: Source, config: QuantizationConfig, *, trust_remote_co
 
     Raises:
         InputError: patterns that find nothing, group sizes that do not divide, a broken checkpoint.
+        UnsupportedError: a weight that vLLM's layers cannot hold.
     """
     architecture = read_architecture(source.directory, trust_remote_code=trust_remote_code)
     conversion = make_conversion(
@@ -183,20 +223,16 @@ def while_loading(source: Source, config: QuantizationConfig, *, trust_remote_co
         shard_bytes=1,
         provenance={},
     )
-    found = {}
+    found, stacks = {}, {}
     for step in conversion.steps:
-        if step.layer is None or not isinstance(step.scheme, Scheme):
+        layer = step.layer
+        if layer is None or not isinstance(step.scheme, Scheme):
             continue
-        stem = step.layer.stem
-        if len(step.source.spec.shape) != 2:
-            raise UnsupportedError(
-                f"{stem} is one tensor for all experts of a layer, which are not packed while vLLM loads them: name "
-                "them in ignore, or run this model with tersor serve"
-            )
-        found[stem] = Stored(stem, step.scheme)
-    _check_experts(found.values())
+        found[layer.stem] = one = Stored(layer.stem, step.scheme, channels=layer.shape[-1])
+        if layer.stacked:
+            stacks[layer.stem] = _stack(layer.stem, one, Linear(layer.shape, layer.transposed, rows=layer.rows))
     words = sorted((name, stored.represented.key()) for name, stored in found.items() if stored.represented)
-    return Plan(found, _embeddings(found, architecture), digest=_digest(str(words)))
+    return _planned(found, stacks, architecture, source, str(words))
 
 
 def without_weights(config: QuantizationConfig) -> Plan:
@@ -208,6 +244,39 @@ def has_weights(directory: Path) -> bool:
     """Whether a directory holds weights; a model of random ones is a config.json alone."""
     patterns = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.pt", "*.pth")
     return any(next(directory.glob(pattern), None) for pattern in patterns)
+
+
+def _planned(
+    found: dict[str, Stored], stacks: dict[str, Stack], architecture: Architecture, source: Source, words: str
+) -> Plan:
+    """Return a plan of weights by stem, those of stacks under the names of their first expert."""
+    modules = architecture.modules_of(found)
+    embeddings = frozenset(stem for stem, module in modules.items() if module in architecture.embeddings)
+    plain = [name.removesuffix(f".{WEIGHT}") for name in source.tensors if name.endswith(f".{WEIGHT}")]
+    _check_experts(found, [stem for stem in plain if stem not in found])
+    for stem in sorted(embeddings):
+        represented = found[stem].represented
+        if not isinstance(represented, Scheme) or represented.outliers is not None:
+            raise UnsupportedError(f"{stem}: the rows of an embedding have one scheme, and keep no outliers")
+    for stem, stack in stacks.items():
+        one = found.pop(stem)
+        found |= {f"{stack.experts}.0.{name}": replace(one, stem=stem) for name in stack.projections}
+    return Plan(found, embeddings, stacks, architecture.name, digest=_digest(words))
+
+
+def _stack(stem: str, stored: Stored, linear: Linear) -> Stack:
+    """Return what a tensor of the weights of all experts holds.
+
+    Raises:
+        UnsupportedError: it is no dense weight, or none that is known.
+    """
+    owner, _, last = stem.rpartition(".")
+    if last not in _STACKED or (len(_STACKED[last]) > 1 and linear.rows == "plain"):
+        raise UnsupportedError(f"{stem} is one tensor for all experts of a layer, and no gate and up, or down, of them")
+    if not isinstance(stored.represented, Scheme):
+        raise UnsupportedError(f"{stem} is one tensor for all experts of a layer, and only a dense one runs in vLLM")
+    experts = owner if owner.endswith(".experts") else f"{owner}.experts"
+    return Stack(experts, _STACKED[last], linear.rows == "pairs", linear.transposed)
 
 
 def _stored(stem: str, storage: Storage, represented: Represented, source: Source) -> Stored:
@@ -225,7 +294,19 @@ def _stored(stem: str, storage: Storage, represented: Represented, source: Sourc
     lacking = [name for name in _needed(represented, names) if name not in names]
     if lacking:
         raise CheckpointError(f"tensor {stem}.{lacking[0]} is missing beside {stem}.{storage.marker}")
-    return Stored(stem, represented, names)
+    return Stored(stem, represented, names, _channels(stem, represented, names, source))
+
+
+def _channels(stem: str, represented: Represented, names: frozenset[str], source: Source) -> int:
+    """Return the input channels of a weight by its words, or its mask: as many as fill them."""
+    if isinstance(represented, Sparse):
+        return 8 * source.tensors[f"{stem}.{MASK}"].spec.shape[-1]
+    scheme, name = represented, PACKED
+    if isinstance(represented, Mix):
+        name = min(one for one in names if one.endswith(f".{PACKED}"))
+        scheme = represented.levels[int(name.split(".")[1])]
+    assert isinstance(scheme, Scheme)
+    return 32 * source.tensors[f"{stem}.{name}"].spec.shape[-1] // scheme.format.bits
 
 
 def _needed(represented: Represented, names: frozenset[str]) -> list[str]:
@@ -241,29 +322,43 @@ def _needed(represented: Represented, names: frozenset[str]) -> list[str]:
     ]
 
 
-def _check_experts(stored: Iterable[Stored]) -> None:
-    """Hold that the experts of every layer are stored alike, and not pruned: they run as one.
+def _check_experts(stored: Mapping[str, Stored], plain: Iterable[str]) -> None:
+    """Hold that the experts of every layer are stored alike, not pruned and without outliers: they run as one.
+
+    Args:
+        stored: compressed weights by stem.
+        plain: stems of those that are not.
 
     Raises:
-        UnsupportedError: they are not.
+        UnsupportedError: they are not, or have no gate.
     """
-    kinds: dict[tuple[str, str], tuple[Represented | None, str]] = {}
-    for one in stored:
+    kinds: dict[str, dict[str, Stored]] = {}
+    for one in stored.values():
         found = _EXPERT.fullmatch(one.stem)
         if found is None:
             continue
-        if isinstance(one.represented, Sparse):
-            raise UnsupportedError(f"{one.stem} is pruned, and the experts of a layer are dense or mixed")
-        first = kinds.setdefault((found[1], found[3]), (one.represented, one.stem))
-        if first[0] != one.represented:
-            raise UnsupportedError(
-                f"{one.stem} is stored in another format than {first[1]}, and vLLM runs the experts of a layer as one"
-            )
+        _check_expert(one, kinds.setdefault(found[1], {}).setdefault(found[3], one))
+    for experts, projections in kinds.items():
+        read = [one for name, one in sorted(projections.items()) if name not in _DOWN]
+        if len(projections) != 3 or len(read) != 2:
+            raise UnsupportedError(f"{experts}: packed experts have gate, up and down, and these {sorted(projections)}")
+        if read[0].represented != read[1].represented:
+            _check_expert(read[1], read[0])
+    for stem in plain:
+        found = _EXPERT.fullmatch(stem)
+        if found is not None and found[1] in kinds:
+            raise UnsupportedError(f"{stem} is plain beside packed experts, and vLLM runs those of a layer as one")
 
 
-def _embeddings(stems: Iterable[str], architecture: Architecture) -> frozenset[str]:
-    modules = architecture.modules_of(stems)
-    return frozenset(stem for stem, module in modules.items() if module in architecture.embeddings)
+def _check_expert(one: Stored, first: Stored) -> None:
+    if isinstance(one.represented, Sparse):
+        raise UnsupportedError(f"{one.stem} is pruned, and the experts of a layer are dense or mixed")
+    if isinstance(one.represented, Scheme) and one.represented.outliers is not None:
+        raise UnsupportedError(f"{one.stem} keeps outliers, and the experts of a layer keep none")
+    if first.represented != one.represented:
+        raise UnsupportedError(
+            f"{one.stem} is stored in another format than {first.stem}, and vLLM runs the experts of a layer as one"
+        )
 
 
 def _digest(text: str) -> str:

@@ -1,5 +1,6 @@
 // Goes over the columns of one block of a weight in turn, for all rows side by side: chooses the value of a column, and
 // moves what that changed to the columns behind it in the block. A warp has a row, a lane every 32nd column of it.
+// Where a mask says so a value is zero whatever is wanted, and all of that moves on: its step is zero.
 // The definition is `Sweep.block` of compress/sweeps.py, of torch; sums are in its order.
 // Parameters: DESCEND (0: weights are rounded, and errors move on; 1: values go to where the loss is least with all
 // others as they are, and gradients move on), MIDDLES (of a float format, numbers halfway between its values; 0:
@@ -27,6 +28,7 @@ extern "C" __global__ void __launch_bounds__(32 * columns::kWarps) TERSOR_ENTRY(
     const float* __restrict__ scale,          // [G, rows]
     const float* __restrict__ zero_point,     // [G, rows]
     const long long* __restrict__ groups,     // [columns]: the group of each
+    const float* __restrict__ kept,           // [columns, rows]: 0 where a value is zero, before, too; null: nowhere
     const float* __restrict__ matrix,         // [columns, stride]: how what changed in a column moves to those behind it
     const float* __restrict__ table,          // [2 MIDDLES + 1]: values by size, then middles
     float* __restrict__ values,               // [columns, rows]
@@ -77,6 +79,13 @@ extern "C" __global__ void __launch_bounds__(32 * columns::kWarps) TERSOR_ENTRY(
             }
         }
         value[piece] = change[piece] = 0.0f;
+    }
+    if (kept != nullptr) {
+#pragma unroll
+        for (int piece = 0; piece < kPieces; ++piece) {
+            const int column = 32 * piece + lane;
+            if (column < columns_here && kept[static_cast<long long>(column) * rows + row] == 0.0f) step[piece] = 0.0f;
+        }
     }
 #pragma unroll
     for (int piece = 0; piece < kPieces; ++piece) {
