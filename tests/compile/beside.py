@@ -8,7 +8,7 @@ from tersor.formats import get_scheme
 from tersor.hardware import Chip
 from tersor.kernels import dense
 from tersor.kernels.jit import KernelSource
-from tersor.kernels.tune import ROUND_ROW_BYTES, sm90
+from tersor.kernels.tune import ROUND_ROW_BYTES, sm90, tile_takes_outliers
 from tersor.layouts import decode_groups
 from tersor.layouts.packing import Packing
 
@@ -18,7 +18,7 @@ _ROUNDS = (1, 1, 2, 1, 8)
 
 def tiles() -> list[sm90.Tile]:
     """Return the tiles that can have them."""
-    return [tile for tile in sm90.tiles(0) if tile.grouped and tile.cluster == 1]
+    return [tile for tile in sm90.tiles(0) if tile_takes_outliers(tile, 1)]
 
 
 def all_sources(chip: Chip) -> list[KernelSource]:
@@ -27,6 +27,7 @@ def all_sources(chip: Chip) -> list[KernelSource]:
     found = []
     for tile, dtype in zip(tiles(), itertools.cycle(decode_groups.PAIR_TARGETS)):
         (name, size), count = next(formats), next(rounds)
+        count = count if tile_takes_outliers(tile, count) else 1
         packing = Packing.of(get_scheme(name, size), dtype)
         if tile not in sm90.tiles(packing.scales_in_block):
             packing = Packing.of(get_scheme(name), dtype)

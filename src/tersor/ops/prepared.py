@@ -165,7 +165,7 @@ class WeightType:
     ) -> tune.LinearConfig | None:
         """Return how a kernel that adds outliers runs; `None` where there is none."""
         if wanted is not None:
-            return wanted if tune.takes_outliers(wanted) else None
+            return wanted if tune.takes_outliers(wanted, rounds) else None
         chip = dispatch.kernel_chip(device)
         assert self.packing is not None and chip is not None
         return tune.choose_beside(tune.LinearProblem.of(self.packing, (self.oc, self.ic), n), rounds, chip)

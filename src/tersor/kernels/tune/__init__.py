@@ -10,6 +10,7 @@ from tersor.kernels.tune.choice import (
     filled,
     takes_norms,
     takes_outliers,
+    tile_takes_outliers,
 )
 from tersor.kernels.tune.problem import SM80, SM90, LinearConfig, LinearProblem
 from tersor.kernels.tune.schedules import candidates, fused, launched, predict, seconds
@@ -33,4 +34,5 @@ __all__ = [
     "seconds",
     "takes_norms",
     "takes_outliers",
+    "tile_takes_outliers",
 ]

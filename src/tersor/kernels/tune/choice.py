@@ -22,6 +22,8 @@ _STEP = 16
 
 ROUND_ROW_BYTES = 4
 """Bytes that a round of outliers takes of each row of a block, beside codes and scales."""
+_MOST_ROUNDS = {sm90.Tile(16, 2, 1, 1, 2): 1}
+"""How many rounds of outliers the registers of a tile have room for, where not any number."""
 
 
 def choose(problem: LinearProblem, chip: Chip) -> LinearConfig:
@@ -59,10 +61,15 @@ def choose_normed(problem: LinearProblem, chip: Chip) -> LinearConfig | None:
     return min(options, key=lambda config: schedules.seconds(problem, config, chip), default=None)
 
 
-def takes_outliers(config: LinearConfig) -> bool:
-    """Tell whether the kernel of a configuration may add outliers: its threads have room for a second set of sums."""
-    native = config.activations is Activations.NATIVE
-    return config.schedule == SM90 and native and config.cluster == 1 and sm90.tile_of(config).grouped
+def takes_outliers(config: LinearConfig, rounds: int) -> bool:
+    """Tell whether the kernel of a configuration may add outliers, with so many rounds of them in a slot."""
+    return config.schedule == SM90 and tile_takes_outliers(sm90.tile_of(config), rounds)
+
+
+def tile_takes_outliers(tile: sm90.Tile, rounds: int) -> bool:
+    """Tell the same of a tile: its threads have room for a second set of sums."""
+    native = tile.activations is Activations.NATIVE
+    return native and tile.cluster == 1 and tile.grouped and rounds <= _MOST_ROUNDS.get(tile, rounds)
 
 
 def choose_beside(problem: LinearProblem, rounds: int, chip: Chip) -> LinearConfig | None:
@@ -78,9 +85,9 @@ def choose_beside(problem: LinearProblem, rounds: int, chip: Chip) -> LinearConf
     """
     wider = replace(problem, n=filled(problem.n), scale_bytes=problem.scale_bytes + ROUND_ROW_BYTES * rounds)
     usual = choose(wider, chip)
-    if takes_outliers(usual):
+    if takes_outliers(usual, rounds):
         return usual
-    options = [config for config in sm90.candidates(wider, chip) if takes_outliers(config)]
+    options = [config for config in sm90.candidates(wider, chip) if takes_outliers(config, rounds)]
     return min(options, key=lambda config: schedules.seconds(wider, config, chip), default=None)
 
 
