@@ -1,4 +1,4 @@
-"""Which kernels that add outliers do the compile tests build? Every tile that can have them; the rest by turns."""
+"""Which kernels that add outliers do the compile tests build? Tiles of few tokens and the widest; the rest by turns."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ _ROUNDS = (1, 1, 2, 1, 8)
 
 
 def tiles() -> list[sm90.Tile]:
-    """Return the tiles that can have them."""
-    return [tile for tile in sm90.tiles(0) if tile_takes_outliers(tile, 1)]
+    """Return the tiles that can have them, of more than 64 tokens those of 128, which have the most sums."""
+    found = [tile for tile in sm90.tiles(0) if tile_takes_outliers(tile, 1, 0)]
+    return [tile for tile in found if tile.tokens <= 64 or tile.tokens == 128]
 
 
 def all_sources(chip: Chip) -> list[KernelSource]:
@@ -27,10 +28,11 @@ def all_sources(chip: Chip) -> list[KernelSource]:
     found = []
     for tile, dtype in zip(tiles(), itertools.cycle(decode_groups.PAIR_TARGETS)):
         (name, size), count = next(formats), next(rounds)
-        count = count if tile_takes_outliers(tile, count) else 1
         packing = Packing.of(get_scheme(name, size), dtype)
-        if tile not in sm90.tiles(packing.scales_in_block):
-            packing = Packing.of(get_scheme(name), dtype)
+        groups = packing.scales_in_block
+        if tile not in sm90.tiles(groups) or not tile_takes_outliers(tile, 1, groups):
+            packing, groups = Packing.of(get_scheme(name), dtype), 0
+        count = count if tile_takes_outliers(tile, count, groups) else 1
         bits, row_bytes = packing.scheme.format.bits, packing.scale_row_bytes + ROUND_ROW_BYTES * count
         slots, shared = tile.slots(bits, row_bytes, chip), tile.shared_bytes(bits, row_bytes, chip)
         found.append(dense.sm90_source(packing, dtype, tile, slots, shared, outliers=count))

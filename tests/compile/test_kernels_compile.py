@@ -298,7 +298,7 @@ def test_every_tile_of_few_tokens_is_built_with_a_norm_ahead_and_with_one_behind
     assert len(met(kernels, "SCALE_GROUPS")) > 2
 
 
-def test_every_tile_that_can_have_outliers_is_built_with_them() -> None:
+def test_tiles_that_can_have_outliers_are_built_with_them() -> None:
     kernels = [one for one in macros((9, 0), "sm90_linear") if one["OUTLIERS"]]
     for tile in beside.tiles():
         assert any(has_tile(one, tile) for one in kernels), tile

@@ -164,10 +164,11 @@ class WeightType:
         self, n: int, rounds: int, wanted: tune.LinearConfig | None, device: torch.device
     ) -> tune.LinearConfig | None:
         """Return how a kernel that adds outliers runs; `None` where there is none."""
+        assert self.packing is not None
         if wanted is not None:
-            return wanted if tune.takes_outliers(wanted, rounds) else None
+            return wanted if tune.takes_outliers(wanted, rounds, self.packing.scales_in_block) else None
         chip = dispatch.kernel_chip(device)
-        assert self.packing is not None and chip is not None
+        assert chip is not None
         return tune.choose_beside(tune.LinearProblem.of(self.packing, (self.oc, self.ic), n), rounds, chip)
 
     def _add_launches(

@@ -45,8 +45,8 @@ __device__ __forceinline__ void multiply_few(
     static_assert(!kFew || kWeightSlots == kXSlots, "one place tells of both rings");
     // Whether scales are read with the words: read last, they delay the slot's release. With more tokens that is slower.
     constexpr bool kScalesAhead = kGroups == 1 && kTokens == 8;
-    // The same of the first rounds of outliers; 128 rows and 16 tokens leave no registers for them, nor do many scales.
-    constexpr bool kRoundsAhead = kRowGroups * kTokens < (RESIDENT > 1 && !kShares ? 16 : 32);
+    // The same of the first rounds of outliers; 128 rows and 16 tokens leave no registers for them.
+    constexpr bool kRoundsAhead = kRowGroups * kTokens < 32;
     float parts[kRowGroups][kChains][kTokens / 8][4] = {};
     scales::RowOffsets offsets[kRowGroups];
 #pragma unroll
