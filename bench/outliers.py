@@ -1,11 +1,11 @@
 """Time what outliers cost a dense product on a GPU, with every weight cold: results/outliers_NAME.json.
 
-    python bench/outliers.py                       0.5 % beside int4 in groups and fp6, three shapes, 1 to 256 tokens
-    python bench/outliers.py --percent 0.1,0.5,1 --tokens 8,16,32 --shapes 8192x8192
+    python bench/outliers.py                       0.5 % beside int4 in groups and fp6, three shapes, 1 to 2048 tokens
+    python bench/outliers.py --percent 0.1,0.5,1 --tokens 8,16,32 --shapes 8192x8192 --ways dense,outliers
 
 For each number of tokens: microseconds of the dense part alone, with outliers as `ops.linear` has them, and with the
-small kernel ahead in every case; medians of CUDA graphs with programmatic dependence that walk over copies of the
-weight (`tersor.bench.timing`). Results are checked against float32 once.
+small kernel ahead, as older GPUs and batch-invariant calls have it; medians of CUDA graphs with programmatic dependence
+that walk over copies of the weight (`tersor.bench.timing`). Results are checked against float32 once.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from tersor.ops import dense, outlier_sums
 
 FORMATS = ("int4:g128", "fp6_e2m3")
 SHAPES = ((8192, 8192), (28672, 8192), (57344, 8192))
-TOKENS = (1, 4, 8, 16, 32, 64, 256)
+TOKENS = (1, 8, 16, 32, 64, 256, 2048)
+WAYS = ("dense", "outliers", "ahead")
 
 
 def made(of: Scheme, oc: int, ic: int, seed: int) -> PackedWeight:
@@ -46,8 +47,8 @@ def ahead(x: torch.Tensor, weight: PackedWeight, own: PackedWeight) -> torch.Ten
     return dense.multiply(x, own, None, outlier_sums.add(x, weight, None), 0)
 
 
-def measure(of: Scheme, shape: tuple[int, int], tokens: list[int]) -> list[dict[str, Any]]:
-    """Return a row for every number of tokens."""
+def measure(of: Scheme, shape: tuple[int, int], tokens: list[int], names: list[str]) -> list[dict[str, Any]]:
+    """Return a row for every number of tokens, with the times of the ways that are named."""
     first = made(of, *shape, 0)
     weights = [first, *(_copy(first) for _ in range(copies(first.nbytes) - 1))]
     owns = [weight.dense for weight in weights]
@@ -62,20 +63,17 @@ def measure(of: Scheme, shape: tuple[int, int], tokens: list[int]) -> list[dict[
             "ahead": [partial(ahead, x, *pair) for pair in zip(weights, owns, strict=True)],
         }
         with torch.inference_mode():
-            times = {name: graph_microseconds(calls) for name, calls in ways.items()}
+            times = {name: graph_microseconds(ways[name]) for name in names}
         rows.append({"scheme": of.key(), "oc": shape[0], "ic": shape[1], "n": n, **times})
-        print(
-            f"{of.key():44} {shape[0]:6}x{shape[1]:<6} n={n:<4} dense {times['dense']:8.2f} us, outliers "
-            f"{times['outliers']:8.2f} ({times['outliers'] / times['dense']:.3f}), ahead {times['ahead']:8.2f} "
-            f"({times['ahead'] / times['dense']:.3f})",
-            flush=True,
-        )
+        each = ", ".join(f"{name} {time:8.2f} us ({time / times[names[0]]:.3f})" for name, time in times.items())
+        print(f"{of.key():40} {shape[0]:6}x{shape[1]:<6} n={n:<4} {each}", flush=True)
     return rows
 
 
 def _copy(weight: PackedWeight) -> PackedWeight:
-    assert weight.outliers is not None
-    return replace(weight, data=weight.data.clone(), scale=weight.scale.clone(), outliers=weight.outliers.clone())
+    assert weight.outliers is not None and weight.arranged is not None
+    kept = {"outliers": weight.outliers.clone(), "arranged": weight.arranged.clone()}
+    return replace(weight, data=weight.data.clone(), scale=weight.scale.clone(), **kept)
 
 
 def main() -> None:
@@ -85,13 +83,14 @@ def main() -> None:
     parser.add_argument("--formats", default=",".join(FORMATS))
     parser.add_argument("--shapes", default=",".join(f"{oc}x{ic}" for oc, ic in SHAPES))
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
+    parser.add_argument("--ways", default=",".join(WAYS), help="the first is what ratios are to")
     given = parser.parse_args()
     tokens = [int(n) for n in given.tokens.split(",")]
     shapes = [tuple(map(int, shape.split("x"))) for shape in given.shapes.split(",")]
     rows: list[dict[str, Any]] = []
     for name, percent, (oc, ic) in itertools.product(given.formats.split(","), given.percent.split(","), shapes):
         of = replace(parse_scheme(name, None, None, "--formats"), outliers=Outliers(float(percent), "bfloat16"))
-        rows += measure(of, (oc, ic), tokens)
+        rows += measure(of, (oc, ic), tokens, given.ways.split(","))
     name = torch.cuda.get_device_name().split()[-1].lower()
     print(results_file.write(f"outliers_{name}", {"kind": "outliers", "rows": rows}))
 

@@ -1,5 +1,5 @@
 // The end of an item of the sm90 schedule alone, as a kernel for `emulated.py`: results are made of sums that are given,
-// with a norm ahead (NORM 1) or behind (NORM 2), or with outliers. What only the rings call is declared and never reached.
+// with a norm ahead (NORM 1) or behind (NORM 2). What only the rings call is declared and never reached.
 #pragma once
 
 template <class T> T __ldg(const T* p) { return *p; }
@@ -39,8 +39,7 @@ template <bool kBf16> u32 finish(u32, u32, bool) { abort(); }
 // A CTA has kRows rows; `sums` are [rows of all CTAs, kTokens], each to be multiplied by `factor`.
 extern "C" void TERSOR_ENTRY(
     const float* given, const float* row_scales, const u16* bias, const u16* residual, u16* y, const float* norm_weight,
-    u16* scaled, float* squares, int oc, int ic, int n, float norm_scale, float norm_eps, const u32* kept_words,
-    const u16* kept_x, int kept_count, int kept_stride) {
+    u16* scaled, float* squares, int oc, int ic, int n, float norm_scale, float norm_eps) {
     using namespace linear;
     static float token_scales[kTokens];
     const Norms norms{norm_weight, scaled, squares, norm_scale, norm_eps};
@@ -51,11 +50,6 @@ extern "C" void TERSOR_ENTRY(
     __syncthreads();
     RowTerms terms(oc, item, row_scales, 1.0f);
     terms.add_bias(bias, {});
-    if constexpr (kOutliers) {
-        const Kept kept{kept_words, kept_x, kept_count, kept_stride};
-        if (threadIdx.x < 32) fetch_words(kept, item, oc);
-        terms.beside.sum(kept, item, terms.first_row, oc, n);
-    }
     float sums[kSums];
     for (int i = 0; i < kSums; ++i) {
         const int row = terms.first_row + threadIdx.x % 32 / 4 + i / 2 % 2 * 8;

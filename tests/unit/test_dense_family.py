@@ -56,8 +56,7 @@ def test_a_launch_puts_every_named_argument_where_the_header_has_it(
     )
     names = ("norm_weight", "scaled", "squares", "norm_scale", "norm_eps")
     norms = dict(zip(names, (30, 31, 32, 33.0, 34.0), strict=True))
-    kept = dict(zip(("kept_words", "kept_x", "kept_count", "kept_stride"), range(40, 44), strict=True))
-    launch(stream=3, **given, partial=20, arrived=21, early=True, **norms, **kept)
+    launch(stream=3, **given, partial=20, arrived=21, early=True, **norms, kept=40)
     ((stream, args),) = launched
     assert stream == 3
     found = dict(zip(argument_names(sources()[schedule]), args, strict=True))  # type: ignore[arg-type]
@@ -65,7 +64,7 @@ def test_a_launch_puts_every_named_argument_where_the_header_has_it(
     if schedule == "sm90":
         x_rows = sm90.box_rows(config, 8)
         fixed |= {"x_map": ("map", 12, 8, 2048, 13, x_rows), "x_rows": x_rows}
-        fixed |= {"whole_tiles": config.whole_tiles, "splits": config.splits, **norms, **kept}
+        fixed |= {"whole_tiles": config.whole_tiles, "splits": config.splits, **norms, "kept": 40}
         taken = ("weight", "scale", "bias", "x_scale", "residual", "y")
     else:
         fixed |= {"x_aligned": True}

@@ -34,7 +34,7 @@ def kernel(tile: sm90.Tile, dtype: torch.dtype, norm: Norm, gated: bool, folder:
     source = dense.sm90_source(packing, target, tile, slots, shared, gated, norm=norm)
     header = "emulated_store.cuh"
     texts = {header: (HERE / header).read_text()}
-    return Emulated(KernelSource("store", header, source.parameters, "PPPPPPPPiiiffPPii", texts), folder, 900)
+    return Emulated(KernelSource("store", header, source.parameters, "PPPPPPPPiiiff", texts), folder, 900)
 
 
 def address(tensor: torch.Tensor | None) -> int:
@@ -67,7 +67,7 @@ def test_a_result_comes_with_what_the_norm_behind_needs(name: str, dtype: torch.
                 (128 * tile.row_groups, 1, 1),
                 0,
                 0,
-                (*map(address, places), oc, 0, n, 0.0, 0.0, 0, 0, 0, 0),
+                (*map(address, places), oc, 0, n, 0.0, 0.0),
             )
             exact = (sums[:oc, :n] * scales[:oc, None]).T + bias.float()
             expected = (exact if added is None else exact + added.float()).to(dtype)
@@ -96,7 +96,7 @@ def test_sums_are_multiplied_by_what_the_norm_ahead_divides_by(name: str, gated:
             (128 * tile.row_groups, 1, 1),
             0,
             0,
-            (*map(address, places), oc, ic, n, 1 / ic, 0.5, 0, 0, 0, 0),
+            (*map(address, places), oc, ic, n, 1 / ic, 0.5),
         )
         factors = torch.rsqrt(squares[:, :count].double().sum(-1, keepdim=True) / ic + 0.5)
         exact = sums[:oc, :n].T.double() * factors

@@ -41,10 +41,6 @@ class Norm(enum.IntEnum):
     """The result is scaled and squared for the norm behind."""
 
 
-OUTLIERS = {"": 0, "float16": 1, "bfloat16": 2}
-"""Dtype of the outliers that a kernel adds, or none -> OUTLIERS of cuda/dense/sm90_outliers.cuh."""
-
-
 def squares_stride(channels: int) -> int:
     """Return the floats from one token's sums of squares to the next: whole 16 bytes."""
     return -(-channels // (4 * SQUARED_CHANNELS)) * 4
@@ -71,7 +67,7 @@ def sm90_source(
     gate: int = 0,
     few_tokens: int = FEW_TOKENS,
     norm: Norm = Norm.NONE,
-    outliers: str = "",
+    outliers: int = 0,
 ) -> KernelSource:
     """Return the wgmma kernel for one packing, dtype of the result and tile; few tokens take mma.sync.
 
@@ -84,7 +80,7 @@ def sm90_source(
         gate: EPILOGUE of cuda/common/gate.cuh: how gate and up become one, or 0.
         few_tokens: tokens up to which mma.sync may multiply; 0 forbids it.
         norm: what is folded into it of the norms around it.
-        outliers: dtype of the outliers that it adds, or an empty string.
+        outliers: rounds of outliers that a block has room for in a slot (`layouts.outliers`); 0 where it adds none.
 
     Raises:
         ValueError: the packing is for other activations than the tile.
@@ -96,13 +92,13 @@ def sm90_source(
         name=(
             f"tersor_linear_sm90_{packing.scheme.format.name}_{dtypes}_{tile.rows}x{tile.tokens}"
             f"_k{tile.channel_groups}c{tile.cluster}r{tile.resident}{_suffix(gate)}"
-            f"{'' if norm is Norm.NONE else f'_norm_{norm.name.lower()}'}{f'_beside_{outliers}' if outliers else ''}"
+            f"{'' if norm is Norm.NONE else f'_norm_{norm.name.lower()}'}{f'_beside{outliers}' if outliers else ''}"
         ),
         header="dense/sm90_linear.cuh",
         parameters=sm90_macros(
-            packing, result, tile, slots, shared_bytes, gate, few_tokens, int(norm), outliers=OUTLIERS[outliers]
+            packing, result, tile, slots, shared_bytes, gate, few_tokens, int(norm), outliers=outliers
         ),
-        arguments="TPPPPPPPPiiiiiifPPPffPPii",
+        arguments="TPPPPPPPPiiiiiifPPPffP",
     )
 
 
@@ -116,7 +112,7 @@ def fused_source(
     config: tune.LinearConfig,
     gate: int = 0,
     norm: Norm = Norm.NONE,
-    outliers: str = "",
+    outliers: int = 0,
 ) -> KernelSource:
     """Return the kernel that a configuration asks for.
 
@@ -126,7 +122,7 @@ def fused_source(
         config: how the kernel runs.
         gate: EPILOGUE of cuda/common/gate.cuh: how gate and up become one, or 0.
         norm: what is folded into it of the norms around it; the sm90 schedule alone has kernels for that.
-        outliers: dtype of the outliers that it adds, or an empty string; as for norms (`tune.takes_norms`).
+        outliers: as for `sm90_source`; the configuration has that room (`tune.choose_beside`).
     """
     if config.schedule == tune.SM90:
         tile, slots = sm90.tile_of(config), sm90.Slots(config.weight_slots, config.x_slots, config.gather_room)
@@ -219,10 +215,7 @@ def prepare_fused(
         squares: int = 0,
         norm_scale: float = 0.0,
         norm_eps: float = 0.0,
-        kept_words: int = 0,
-        kept_x: int = 0,
-        kept_count: int = 0,
-        kept_stride: int = 0,
+        kept: int = 0,
     ) -> None:
         """Launch; what is not there has the address 0.
 
@@ -236,7 +229,7 @@ def prepare_fused(
             early: whether the sm90 schedule may fetch weights before the kernel ahead has ended: not where that one
                 wrote them.
             norm_weight, scaled, squares, norm_scale, norm_eps: `Norms` in cuda/dense/sm90_norm.cuh.
-            kept_words, kept_x, kept_count, kept_stride: `Kept` in cuda/dense/sm90_outliers.cuh.
+            kept: address of outliers as `layouts.outliers.arrange` leaves them.
         """
         # fmt: off
         if maps_rows is None:
@@ -250,8 +243,7 @@ def prepare_fused(
                 maps_rows(x, n, ic, x_stride, element, box),
                 weight, scale, bias, x_scale, residual, y, partial, arrived,
                 oc, ic, n, whole_tiles, splits, box, factor,
-                norm_weight, scaled, squares, norm_scale, norm_eps,
-                kept_words, kept_x, kept_count, kept_stride,
+                norm_weight, scaled, squares, norm_scale, norm_eps, kept,
             )
             run(grid, block, shared, stream, mapped, early, cluster)
         # fmt: on

@@ -45,7 +45,7 @@ def sm90_macros(
         gate: EPILOGUE of cuda/common/gate.cuh.
         norm: NORM of cuda/dense/sm90_norm.cuh.
         placed: PLACED of cuda/dense/sm90_places.cuh.
-        outliers: OUTLIERS of cuda/dense/sm90_outliers.cuh.
+        outliers: OUTLIERS of cuda/dense/sm90_outliers.cuh: rounds of a block that have room in a slot.
     """
     return {
         **packing.macros(),

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from tersor.errors import ShapeError
 from tersor.formats import Encoded, Scheme, add_outliers, cut_outliers, dequantize
+from tersor.layouts import outliers as outlier_rounds
 from tersor.layouts import scales, stream, tiles
 from tersor.layouts.blocks import UNIT_OC
+from tersor.layouts.decode_groups import PAIR_TARGETS
 from tersor.layouts.gated import gated_channels, interleave, separate
 from tersor.layouts.packing import LAYOUTS, Packing
 from tersor.layouts.shard import Part
@@ -25,6 +27,7 @@ class PackedTensors:
     Attributes:
         scheme, data, scale, zero_point, layout: as the kind has them.
         outliers: what is kept beside the codes; `None` of kinds that keep nothing.
+        arranged: the same as kernels read it; `None` where none does.
     """
 
     __slots__ = ()
@@ -34,11 +37,12 @@ class PackedTensors:
     zero_point: torch.Tensor | None
     layout: str
     outliers: torch.Tensor | None = None
+    arranged: torch.Tensor | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes of codes, scales, zero points and outliers in memory."""
-        tensors = (self.data, self.scale, self.zero_point, self.outliers)
+        tensors = (self.data, self.scale, self.zero_point, self.outliers, self.arranged)
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
     @property
@@ -66,6 +70,8 @@ class PackedWeight(PackedTensors, Noted):
         layout: `stream`, or the name of a kernel layout.
         outliers: int32 [OC, K], the weights kept beside the codes where the scheme has some, in every layout; codes
             decode to zero where they stand.
+        arranged: int32, flat: outliers once more, as kernels read them (`layouts.outliers.arrange`);
+            `None` where there are none, and where none of these kernels takes them.
     """
 
     scheme: Scheme
@@ -75,6 +81,7 @@ class PackedWeight(PackedTensors, Noted):
     zero_point: torch.Tensor | None = None
     layout: str = STREAM
     outliers: torch.Tensor | None = None
+    arranged: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         if (self.outliers is None) != (self.scheme.outliers is None):
@@ -139,7 +146,8 @@ class PackedWeight(PackedTensors, Noted):
         zero_point = None if self.zero_point is None else part(self.zero_point)
         kept = None if self.outliers is None else self.outliers[first:last]
         shape = (last - first, self.shape[1])
-        return PackedWeight(self.scheme, shape, part(self.data), part(self.scale), zero_point, self.layout, kept)
+        found = PackedWeight(self.scheme, shape, part(self.data), part(self.scale), zero_point, self.layout, kept)
+        return found if self.arranged is None else found._arranged()
 
     def cut(self, part: Part) -> PackedWeight:
         """Return a part of the weight, in the stored stream.
@@ -197,7 +205,7 @@ class PackedWeight(PackedTensors, Noted):
         if layout == self.layout:
             return self
         if self.outliers is not None:
-            return self.dense.to_layout(layout).beside(self.outliers, self.scheme)
+            return self.dense.to_layout(layout).beside(self.outliers, self.scheme)._arranged()
         fmt, codes = self.scheme.format, self.codes()
         scale, zero_point = self.stored_scales()
         if layout == STREAM:
@@ -206,6 +214,13 @@ class PackedWeight(PackedTensors, Noted):
         data = tiles.pack(codes, packing)
         scale = scales.pack(scale, zero_point, packing, self.shape[1])
         return PackedWeight(self.scheme, self.shape, data, scale, None, layout)
+
+    def _arranged(self) -> PackedWeight:
+        """Return the same weight with what kernels read of its outliers."""
+        kept, target = self.scheme.outliers, LAYOUTS.get(self.layout)
+        if self.outliers is None or kept is None or target not in PAIR_TARGETS:
+            return self
+        return replace(self, arranged=outlier_rounds.arrange(self.outliers, kept, target, self.shape[1]))
 
     def codes(self) -> torch.Tensor:
         """Return the uint8 codes [OC, IC]."""

@@ -246,5 +246,5 @@ def tensors_of(*weights: Matrix | Stack | None) -> Iterator[torch.Tensor]:
         elif isinstance(weight, SparseWeight | TiledSparseWeight):
             yield from weight.tensors()
         elif weight is not None:
-            held = (weight.data, weight.scale, weight.zero_point, weight.outliers)
+            held = (weight.data, weight.scale, weight.zero_point, weight.outliers, weight.arranged)
             yield from (tensor for tensor in held if tensor is not None)

@@ -15,6 +15,7 @@ from tersor.errors import FormatError, UnsupportedError
 from tersor.formats import Activations, Scheme
 from tersor.layouts import STREAM, PackedWeight
 
+_ARRANGED = "weight_arranged"
 _Self = TypeVar("_Self", bound="PackedModule")
 
 
@@ -75,12 +76,14 @@ class PackedModule(nn.Module):
         weight_scale: [OC, G] in the scheme's scale dtype; uint8, flat, zero points included in a kernel layout.
         weight_zero_point: uint8 [OC, G] for `uint` formats in the stored stream, else `None`.
         weight_outliers: int32 [OC, K] where the scheme has outliers, the same in every layout, else `None`.
+        weight_arranged: `PackedWeight.arranged`, which no state dict has.
     """
 
     weight_packed: torch.Tensor
     weight_scale: torch.Tensor
     weight_zero_point: torch.Tensor | None
     weight_outliers: torch.Tensor | None
+    weight_arranged: torch.Tensor | None
     in_state_dict = True
     """Whether the weight is stored with this module; else another module's state dict holds it."""
     keeps_outliers = False
@@ -121,6 +124,7 @@ class PackedModule(nn.Module):
             self.register_buffer(ZERO_POINT, None)
         if scheme.outliers is None:
             self.register_buffer(OUTLIERS, None)
+        self.register_buffer(_ARRANGED, None, persistent=False)
 
     def own_tensors(self) -> dict[str, TensorForm]:
         """Return name -> shape and dtype of the tensors that stand for this module's weight on disk."""
@@ -138,6 +142,7 @@ class PackedModule(nn.Module):
             or held.scale is not buffers[SCALE]
             or held.zero_point is not buffers[ZERO_POINT]
             or held.outliers is not buffers[OUTLIERS]
+            or held.arranged is not buffers[_ARRANGED]
             or held.layout is not self.layout
         ):
             held = self._view()
@@ -147,7 +152,7 @@ class PackedModule(nn.Module):
     def _view(self) -> PackedWeight:
         oc, ic = self.shape
         data, scale = self.weight_packed, self.weight_scale
-        beside = (self.weight_zero_point, self.layout, self.weight_outliers)
+        beside = (self.weight_zero_point, self.layout, self.weight_outliers, self.weight_arranged)
         return PackedWeight(self.scheme, (oc, ic), data, scale, *beside)
 
     @property
@@ -193,12 +198,12 @@ class PackedModule(nn.Module):
         self.weight_packed = weight.data
         self.weight_scale = weight.scale
         self.weight_zero_point = weight.zero_point
-        self.weight_outliers = weight.outliers
+        self.weight_outliers, self.weight_arranged = weight.outliers, weight.arranged
         self.layout = weight.layout
         self._ready_for = None
 
     def _apply(self: _Self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> _Self:
-        before = {name: self._buffers[name] for name in (PACKED, SCALE, ZERO_POINT, OUTLIERS)}
+        before = {name: self._buffers[name] for name in (PACKED, SCALE, ZERO_POINT, OUTLIERS, _ARRANGED)}
         super()._apply(fn, recurse)
         uncast(self, before)
         self.dtype = dtype_after(fn, self.dtype)
@@ -245,7 +250,7 @@ class PackedModule(nn.Module):
         """Put uninitialised tensors of the stored shapes in the place of what the buffers hold."""
         for name, form in self.own_tensors().items():
             setattr(self, name, torch.empty(form.shape, dtype=form.dtype, device=self.weight_packed.device))
-        self.layout = STREAM
+        self.weight_arranged, self.layout = None, STREAM
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_ready_for": None, "_held": None}

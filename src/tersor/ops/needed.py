@@ -70,10 +70,10 @@ def linear(
     """
     few = tune.MOST_NORMED if Norm.NONE not in norms else 0
     if weight.scheme.outliers is not None:
-        added, few = outlier_sums.sources(weight, dtype, gate, tokens, chip)
+        added, whole = outlier_sums.sources(weight, dtype, tokens, chip)
         yield from added
         weight, gate = weight.dense, 0
-        if few == tokens:
+        if whole:
             return
     yield from _matrix(weight.scheme, weight.layout, weight.shape, dtype, gate, tokens, chip, few)
     for norm in set(norms) - {Norm.NONE}:

@@ -1,8 +1,8 @@
-"""What outliers add to a product on a GPU: in the fused kernel of few tokens, else in a small one ahead of it.
+"""What outliers add to a product on a GPU: in the fused kernel of compute capability 9.0, else in one ahead of it.
 
-A kernel that adds them itself reads activations turned, eight tokens of a channel at a time, unless there are at most
-four. Their order of sums depends on that, and a batch-invariant call has the small kernel, whose order never changes.
-So has a gated one: with a gate and outliers one of the fused kernels had too few registers.
+The one ahead reads activations turned, eight tokens of a channel at a time, unless there are at most four. It serves
+older GPUs, the batch-invariant mode, in which the fused kernel's choice of tiles is another, and outliers that the
+activations' dtype does not have.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tersor.hardware import Chip
 from tersor.kernels import dense, jit, outliers, tune
 from tersor.kernels.jit import KernelSource
 from tersor.layouts import PackedWeight
-from tersor.layouts.gated import gated_channels
+from tersor.layouts.outliers import rounds_of
 from tersor.layouts.packing import LAYOUTS, Packing
 from tersor.ops import current, mode, prepared, serve, tensors
 from tersor.ops.norm import TARGETS, launched_early
@@ -26,10 +26,10 @@ _turn = functools.lru_cache(1024)(outliers.prepare_turn)
 
 
 def inside(weight: PackedWeight, dtype: torch.dtype, capability: tuple[int, int]) -> bool:
-    """Tell whether kernels of few tokens add outliers themselves, in the current mode.
+    """Tell whether fused kernels add outliers themselves, in the current mode, where these are arranged for them.
 
     Args:
-        weight: the dense part.
+        weight: with outliers, or the dense part.
         dtype: of activations.
         capability: of the GPU.
     """
@@ -37,35 +37,35 @@ def inside(weight: PackedWeight, dtype: torch.dtype, capability: tuple[int, int]
     return native and capability == (9, 0) and not mode.current().batch_invariant
 
 
-def sources(
-    weight: PackedWeight, dtype: torch.dtype, gate: int, tokens: int, chip: Chip
-) -> tuple[list[KernelSource], int]:
+def sources(weight: PackedWeight, dtype: torch.dtype, tokens: int, chip: Chip) -> tuple[list[KernelSource], bool]:
     """Return the kernels that calls of up to so many tokens ask for beside those of the dense part.
 
     Args:
         weight: with outliers, as it lies on the GPU; no number of it is read.
         dtype: of activations.
-        gate: how gate and up become one, or 0.
         tokens: at least 1.
         chip: the GPU.
 
     Returns:
-        The kernels, and the tokens up to which one of them makes the whole product.
+        The kernels, and whether they make whole products, whatever the outliers are.
     """
     kept, own = weight.scheme.outliers, weight.dense
     if mode.current().reference or dtype not in TARGETS or kept is None:
-        return [], 0
-    found = outliers.sources(TARGETS[dtype], kept.dtype, tokens)
-    if gate or not inside(own, dtype, chip.capability):
-        return found, 0
-    packing, few = Packing.beside(Activations.NATIVE, dtype, own.scheme), min(tokens, tune.MOST_NORMED)
-    for n in range(1, few + 1):
-        config = tune.choose_normed(tune.LinearProblem.of(packing, own.shape, n), chip)
+        return [], False
+    if not inside(own, dtype, chip.capability):
+        return outliers.sources(TARGETS[dtype], kept.dtype, tokens), False
+    packing, rounds = Packing.beside(Activations.NATIVE, dtype, own.scheme), rounds_of(kept, own.shape[1])
+    found: list[KernelSource] = []
+    n, complete = 0, kept.dtype == TARGETS[dtype]
+    while n < tokens:
+        n = tune.filled(n + 1)
+        config = tune.choose_beside(tune.LinearProblem.of(packing, own.shape, n), rounds, chip)
         if config is None:
-            return found, 0
-        source = dense.fused_source(packing, TARGETS[dtype], config, gate, outliers=kept.dtype)
+            complete = False
+            continue
+        source = dense.fused_source(packing, TARGETS[dtype], config, outliers=rounds)
         found += [source] if source not in found else []
-    return found, few
+    return found if complete else [*found, *outliers.sources(TARGETS[dtype], kept.dtype, tokens)], complete
 
 
 def multiply(
@@ -74,32 +74,29 @@ def multiply(
     own: PackedWeight,
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
-    gate: int,
 ) -> torch.Tensor | None:
     """Return the product where one fused kernel makes all of it, else `None`.
 
     Args:
         x: [..., IC] on a GPU that has kernels, at least one token.
         weight, own: with outliers, and its dense part.
-        bias, residual, gate: as for `serve.linear`; they fit.
+        bias, residual: as for `serve.linear`; they fit.
     """
     kept, (oc, ic), index, now = weight.scheme.outliers, weight.shape, x.get_device(), mode.current()
     n = x.numel() // ic
-    assert weight.outliers is not None and kept is not None
-    if gate or n > tune.MOST_NORMED or not inside(own, x.dtype, torch.cuda.get_device_capability(index)):
+    if weight.arranged is None or kept is None or not inside(own, x.dtype, torch.cuda.get_device_capability(index)):
         return None
     if current.device() != index:
         with torch.cuda.device(index):
-            return multiply(x, weight, own, bias, residual, gate)
-    key = (n, x.dtype, index, True, gate, prepared.mode_key(now, 0, kept.dtype))
+            return multiply(x, weight, own, bias, residual)
+    key = (n, x.dtype, index, True, 0, prepared.mode_key(now, 0, rounds_of(kept, ic)))
     chosen = prepared.type_of(own).prepared(key, now)
     if chosen.launch is None:
         return None
     rows = tensors.rows_of(x, ic)
     if rows.data_ptr() % 16 or rows.stride(0) % 8:
         rows = tensors.aligned_rows(x, ic)
-    held, stride = _held(rows)
-    y = tensors.output(x.shape, n, gated_channels(oc) if gate else oc, x.dtype)
+    y = tensors.output(x.shape, n, oc, x.dtype)
     return serve.launched(
         chosen,
         own,
@@ -109,10 +106,7 @@ def multiply(
         x=rows.data_ptr(),
         x_stride=rows.stride(0),
         x_scale=0,
-        kept_words=weight.outliers.data_ptr(),
-        kept_x=held.data_ptr(),
-        kept_count=weight.outliers.shape[1],
-        kept_stride=stride,
+        kept=weight.arranged.data_ptr(),
     )
 
 

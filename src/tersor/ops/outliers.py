@@ -4,10 +4,9 @@ The dense part is multiplied as the weight that it is, and what the outliers add
 definition, x @ dense^T + x @ outliers^T + bias, summed in float32, then the gate, then the residual, rounded once. It
 is made of operators that dispatch, so that gradients, torch.compile and autocast are theirs.
 
-On compute capability 9.0 the fused kernel of few tokens adds them to its sums. Elsewhere a small one ahead of it sums
-up the outliers of every row together with the residual, in float32, and rounds that to the dtype of the activations;
-the dense kernel adds it as its residual (`ops.outlier_sums`). So a result is rounded twice there, and a gate, which
-comes after both, is applied by itself.
+On compute capability 9.0 the fused kernel adds them to its sums. Elsewhere a small one ahead of it sums up the
+outliers of every row together with the residual, in float32, and rounds that to the dtype of the activations; the dense
+kernel adds it as its residual (`ops.outlier_sums`). So a result is rounded twice there. A gate is applied by itself.
 
 `tersor::outlier_linear` is the same product as one operator with a meta twin, for who traces a model and runs it
 without gradients: a trace of `multiply` holds what the sums are made of.
@@ -29,8 +28,8 @@ from tersor.ops.reference import BLOCK_ELEMENTS
 
 _library = torch.library.Library("tersor", "FRAGMENT")
 _library.define(
-    "outlier_linear(Tensor x, Tensor data, Tensor scale, Tensor? zero_point, Tensor outliers, Tensor? bias, "
-    "str scheme, int oc, int ic, str layout) -> Tensor"
+    "outlier_linear(Tensor x, Tensor data, Tensor scale, Tensor? zero_point, Tensor outliers, Tensor? arranged, "
+    "Tensor? bias, str scheme, int oc, int ic, str layout) -> Tensor"
 )
 _scheme = functools.lru_cache(256)(Scheme.from_key)
 
@@ -95,13 +94,14 @@ def _beside_kernels(
     serve.check(x, x.shape, own.data, bias, prepared.type_of(own), residual, gated_channels(oc) if gate else oc)
     if not x.numel() or not oc:
         return tensors.empty_result(x, bias, residual, gate, oc)
-    y = outlier_sums.multiply(x, weight, own, bias, residual, gate)
-    if y is not None:
+    added = None if gate else residual
+    y = outlier_sums.multiply(x, weight, own, bias, added)
+    if y is None:
+        y = dense.multiply(x, own, bias, outlier_sums.add(x, weight, added), 0)
+    if not gate:
         return y
-    if gate:
-        y = Gate(gate).of_rows(dense.multiply(x, own, bias, outlier_sums.add(x, weight, None), 0))
-        return y if residual is None else y + residual
-    return dense.multiply(x, own, bias, outlier_sums.add(x, weight, residual), 0)
+    y = Gate(gate).of_rows(y)
+    return y if residual is None else y + residual
 
 
 def _dense(weight: PackedWeight) -> PackedWeight:
@@ -121,6 +121,7 @@ def _serve(
     scale: torch.Tensor,
     zero_point: torch.Tensor | None,
     outliers: torch.Tensor,
+    arranged: torch.Tensor | None,
     bias: torch.Tensor | None,
     scheme: str,
     oc: int,
@@ -128,7 +129,7 @@ def _serve(
     layout: str,
 ) -> torch.Tensor:
     """Serve a call of the operator."""
-    weight = PackedWeight(_scheme(scheme), (oc, ic), data, scale, zero_point, layout, outliers)
+    weight = PackedWeight(_scheme(scheme), (oc, ic), data, scale, zero_point, layout, outliers, arranged)
     if dispatch.environment_reason(x.dtype, x.device):
         return multiply(x, weight, bias, None, 0)
     return _beside_kernels(x, weight, _dense(weight), bias, None, 0)
@@ -140,6 +141,7 @@ def _shape_only(
     scale: torch.Tensor,
     zero_point: torch.Tensor | None,
     outliers: torch.Tensor,
+    arranged: torch.Tensor | None,
     bias: torch.Tensor | None,
     scheme: str,
     oc: int,

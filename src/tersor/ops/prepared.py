@@ -28,7 +28,6 @@ _NORM_STEP = 4
 """Beyond `Mode.key`."""
 _OUTLIERS_STEP = 4 * _NORM_STEP
 """Beyond what is folded in of norms."""
-_OUTLIERS = ("", "float16", "bfloat16")
 _MOST_LONG = 1024
 """Prepared calls of more tokens that a weight type keeps; the least recently used goes first."""
 
@@ -37,15 +36,15 @@ Key: TypeAlias = tuple[int, torch.dtype, int, bool, int, int]
 up become one or 0, `mode_key`."""
 
 
-def mode_key(now: mode.Mode, norm: int, outliers: str = "") -> int:
+def mode_key(now: mode.Mode, norm: int, outliers: int = 0) -> int:
     """Return `Mode.key` with what is folded into the kernel of norms (`kernels.dense.Norm`); 0 adds nothing.
 
     Args:
         now: the mode.
         norm: see above.
-        outliers: dtype of the outliers that the kernel adds, or an empty string.
+        outliers: rounds of outliers that a block has room for (`kernels.dense.sm90_source`), or 0.
     """
-    return now.key + _NORM_STEP * norm + _OUTLIERS_STEP * _OUTLIERS.index(outliers)
+    return now.key + _NORM_STEP * norm + _OUTLIERS_STEP * outliers
 
 
 class Prepared:
@@ -141,19 +140,34 @@ class WeightType:
         found = Prepared(dispatch.decide(self.scheme, self.layout, shape, n, dtype, device, aligned))
         config = found.decision.config
         if config is not None and not found.tokens:
-            norm, outliers = how % _OUTLIERS_STEP // _NORM_STEP, _OUTLIERS[how // _OUTLIERS_STEP]
-            chosen = self._of_few(n, wanted, device) if norm or outliers else wanted or config
+            norm, outliers = how % _OUTLIERS_STEP // _NORM_STEP, how // _OUTLIERS_STEP
+            chosen: tune.LinearConfig | None = wanted or config
+            if norm:
+                chosen = self._of_few(n, wanted, device)
+            elif outliers:
+                chosen = self._beside(n, outliers, wanted, device)
             if chosen is not None:
                 self._add_launches(found, chosen, n, index, dtype, aligned, gate, norm, outliers)
         return found
 
     def _of_few(self, n: int, wanted: tune.LinearConfig | None, device: torch.device) -> tune.LinearConfig | None:
-        """Return how a kernel with a norm in it, or one that adds outliers, runs; `None` where there is none."""
+        """Return how a kernel with a norm in it runs; `None` where there is none."""
         if wanted is not None:
             return wanted if tune.takes_norms(wanted) else None
         chip = dispatch.kernel_chip(device)
         assert self.packing is not None and chip is not None
         return tune.choose_normed(tune.LinearProblem.of(self.packing, (self.oc, self.ic), n), chip)
+
+    def _beside(
+        self, n: int, rounds: int, wanted: tune.LinearConfig | None, device: torch.device
+    ) -> tune.LinearConfig | None:
+        """Return how a kernel that adds outliers runs; `None` where there is none."""
+        assert self.packing is not None
+        if wanted is not None:
+            return wanted if tune.takes_outliers(wanted, rounds, self.packing.scales_in_block) else None
+        chip = dispatch.kernel_chip(device)
+        assert chip is not None
+        return tune.choose_beside(tune.LinearProblem.of(self.packing, (self.oc, self.ic), n), rounds, chip)
 
     def _add_launches(
         self,
@@ -165,7 +179,7 @@ class WeightType:
         aligned: bool,
         gate: int,
         norm: int,
-        outliers: str,
+        outliers: int,
     ) -> None:
         from tersor.kernels import dense, jit
 

@@ -180,7 +180,7 @@ class Given(MultipliedModule):
         """Let go of codes and scales, which something else has now."""
         self.weight_packed = torch.empty(0, dtype=torch.int32, device=device)
         self.weight_scale = torch.empty(0, dtype=torch.uint8, device=device)
-        self.weight_zero_point = self.weight_outliers = None
+        self.weight_zero_point = self.weight_outliers = self.weight_arranged = None
         self.layout = JOINED
         self._held = None
 

@@ -70,7 +70,8 @@ class OutlierPart(Part):
     """A weight in one scheme that keeps outliers."""
 
     def __init__(self, weight: PackedWeight) -> None:
-        super().__init__(weight.shape[0], [weight.data, weight.scale, weight.zero_point, weight.outliers])
+        held = [weight.data, weight.scale, weight.zero_point, weight.outliers, weight.arranged]
+        super().__init__(weight.shape[0], held)
         self.of = (weight.scheme.key(), *weight.shape, weight.layout)
 
     def forward(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

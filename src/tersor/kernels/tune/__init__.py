@@ -1,11 +1,23 @@
 """Which tile for this shape on this chip? Pure functions from a problem to a configuration, and measured choices."""
 
-from tersor.kernels.tune.choice import MOST_NORMED, choices, choose, choose_normed, takes_norms
+from tersor.kernels.tune.choice import (
+    MOST_NORMED,
+    ROUND_ROW_BYTES,
+    choices,
+    choose,
+    choose_beside,
+    choose_normed,
+    filled,
+    takes_norms,
+    takes_outliers,
+    tile_takes_outliers,
+)
 from tersor.kernels.tune.problem import SM80, SM90, LinearConfig, LinearProblem
 from tersor.kernels.tune.schedules import candidates, fused, launched, predict, seconds
 
 __all__ = [
     "MOST_NORMED",
+    "ROUND_ROW_BYTES",
     "SM80",
     "SM90",
     "LinearConfig",
@@ -13,10 +25,14 @@ __all__ = [
     "candidates",
     "choices",
     "choose",
+    "choose_beside",
     "choose_normed",
+    "filled",
     "fused",
     "launched",
     "predict",
     "seconds",
     "takes_norms",
+    "takes_outliers",
+    "tile_takes_outliers",
 ]

@@ -20,6 +20,10 @@ _STEP = 16
 `sm90.WIDE_STEP` beyond `sm90.MANY_TOKENS`: as many fill the same tiles, whose tokens are such multiples."""
 
 
+ROUND_ROW_BYTES = 4
+"""Bytes that a round of outliers takes of each row of a block, beside codes and scales."""
+
+
 def choose(problem: LinearProblem, chip: Chip) -> LinearConfig:
     """Choose the fused kernel's configuration: measured where a table knows, by predicted time elsewhere.
 
@@ -53,6 +57,45 @@ def choose_normed(problem: LinearProblem, chip: Chip) -> LinearConfig | None:
         return usual
     options = [config for config in sm90.candidates(problem, chip) if takes_norms(config)]
     return min(options, key=lambda config: schedules.seconds(problem, config, chip), default=None)
+
+
+def takes_outliers(config: LinearConfig, rounds: int, scale_groups: int) -> bool:
+    """Tell whether the kernel of a configuration may add outliers.
+
+    Args:
+        config: how it runs.
+        rounds: of outliers that a block has room for in a slot (`layouts.outliers`).
+        scale_groups: scales of one row in a block.
+    """
+    return config.schedule == SM90 and tile_takes_outliers(sm90.tile_of(config), rounds, scale_groups)
+
+
+def tile_takes_outliers(tile: sm90.Tile, rounds: int, scale_groups: int) -> bool:
+    """Tell the same of a tile: its threads have room for a second set of sums and, in turns, for what is loaded."""
+    if tile.activations is not Activations.NATIVE or tile.cluster > 1 or not tile.grouped:
+        return False
+    crowded = tile.few and tile.resident > 1 and tile.row_groups > 1
+    return not crowded or (scale_groups < 2 and (rounds == 1 or tile.tokens < 16))
+
+
+def choose_beside(problem: LinearProblem, rounds: int, chip: Chip) -> LinearConfig | None:
+    """Choose as `choose` of the configurations that may add outliers; `None` where there are none.
+
+    Args:
+        problem: of the dense part.
+        rounds: of outliers that a block has room for in a slot (`layouts.outliers`).
+        chip: the GPU.
+
+    Raises:
+        InputError: as `choose`.
+    """
+    wider = replace(problem, n=filled(problem.n), scale_bytes=problem.scale_bytes + ROUND_ROW_BYTES * rounds)
+    usual = choose(wider, chip)
+    if takes_outliers(usual, rounds, problem.scale_groups):
+        return usual
+    candidates = sm90.candidates(wider, chip)
+    options = [config for config in candidates if takes_outliers(config, rounds, problem.scale_groups)]
+    return min(options, key=lambda config: schedules.seconds(wider, config, chip), default=None)
 
 
 def choices(problem: LinearProblem, chip: Chip, beyond: int = 0) -> Iterator[LinearConfig]:

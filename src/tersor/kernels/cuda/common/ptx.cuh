@@ -121,6 +121,13 @@ __device__ __forceinline__ u32 fused_multiply_add_pair(u32 a, u32 b, u32 c) {
     return d;
 }
 
+// Ones in each half that is the same in both words, which hold pairs of fp16 that are neither negative nor NaN.
+__device__ __forceinline__ u32 equal_halves(u32 a, u32 b) {
+    u32 mask;
+    asm("set.eq.u32.f16x2 %0, %1, %2;" : "=r"(mask) : "r"(a), "r"(b));
+    return mask;
+}
+
 // The lesser of each half; of a number and a NaN, the number.
 __device__ __forceinline__ u32 minimum_pair_f16(u32 a, u32 b) {
     u32 d;

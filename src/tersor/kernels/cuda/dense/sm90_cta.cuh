@@ -8,6 +8,7 @@
 #include "common/scales.cuh"
 #include "common/tensor_map.cuh"
 #include "dense/sm90_item.cuh"
+#include "dense/sm90_outliers.cuh"
 #include "dense/sm90_pipeline.cuh"
 
 namespace linear {
@@ -88,13 +89,11 @@ __device__ __forceinline__ void run_cta(
         if constexpr (kNormOut) {
             if (warp == 3) for_items(work, rank, [&](const Item& item) { fetch_weights(of.norms, item, work.oc); });
         }
-        if constexpr (kOutliers) {
-            if (warp == 3) for_items(work, rank, [&](const Item& item) { fetch_words(of.kept, item, work.oc); });
-        }
         if (ptx::elect()) {
-            if (warp == 0) copy_weights<true>(weights, work, rank, weight);
+            if (warp == 0) copy_weights<Part::kCodes>(weights, work, rank, weight);
             if (warp == 1) copy_activations(xs, work, rank, x_map, x_rows, of.x_scale, work.n);
-            if (kGroups > 0 && warp == 2) copy_weights<false>(weights, work, rank, scale);
+            if (kGroups > 0 && warp == 2) copy_weights<Part::kScales>(weights, work, rank, scale);
+            if (kOutliers && warp == 3) copy_weights<Part::kKept>(weights, work, rank, of.kept);
         }
         if (warp == 0 && gathered) ptx::wait_cluster();  // a warp that has arrived may not end before
     } else {
@@ -109,6 +108,7 @@ __device__ __forceinline__ void run_cta(
                 run_item(work, item, rank, weights, xs, shared, of, before, gathered);
             });
         };
+        if constexpr (kOutliers) fetch_further(of.kept, make(), rank);
         if constexpr (kPlaced) {
             run(*kept);
         } else {

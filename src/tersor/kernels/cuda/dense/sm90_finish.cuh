@@ -7,7 +7,6 @@
 #include "common/scales.cuh"
 #include "common/tile.cuh"
 #include "dense/sm90_norm.cuh"
-#include "dense/sm90_outliers.cuh"
 #include "dense/sm90_pipeline.cuh"
 #include "dense/sm90_places.cuh"
 
@@ -173,7 +172,6 @@ struct TokenScales {
 struct RowTerms {
     float scale[2], bias[2];
     int first_row, rows;
-    Beside beside;
 
     __device__ __forceinline__ RowTerms(int rows, const Item& item, const float* scales, float factor)
         : first_row(item.first_row + threadIdx.x % kFinishers / 32 * tile::kRows), rows(rows) {
@@ -181,6 +179,7 @@ struct RowTerms {
         for (int half = 0; half < 2; ++half) {
             const int row = first_row + threadIdx.x % 32 / 4 + 8 * half;
             scale[half] = kGroups > 0 ? factor : (row < rows ? scales::of_row(scales, row) * factor : 0.0f);
+            if constexpr (OUTLIERS > 0) scale[half] = 1.0f;  // sums have it already
         }
     }
     __device__ __forceinline__ void add_bias(const u16* biases, const Places& places) {
@@ -194,9 +193,7 @@ struct RowTerms {
     __device__ __forceinline__ float value(
         const Sum (&sums)[kSums], int tokens, int half, int odd, const TokenScales& token_scales) const {
         const float sum = static_cast<float>(sums[4 * tokens + 2 * half + odd]);
-        const float made = __fmaf_rn(kTokenScales ? sum * token_scales.of[odd] : sum, scale[half], bias[half]);
-        if constexpr (kOutliers) return made + beside.of[4 * tokens + 2 * half + odd];
-        return made;
+        return __fmaf_rn(kTokenScales ? sum * token_scales.of[odd] : sum, scale[half], bias[half]);
     }
     // The same of an output channel: of a gated linear's there is one, of two rows.
     __device__ __forceinline__ float output(

@@ -6,7 +6,6 @@
 #include "common/ptx.cuh"
 #include "common/scales.cuh"
 #include "dense/sm90_finish.cuh"
-#include "dense/sm90_outliers.cuh"
 #include "dense/sm90_pipeline.cuh"
 #include "dense/sm90_places.cuh"
 #include "dense/sm90_store.cuh"
@@ -16,6 +15,7 @@
 #include "dense/sm90_multiply_pieces.cuh"
 #else
 #include "dense/sm90_multiply.cuh"
+#include "dense/sm90_outliers.cuh"
 #endif
 
 namespace linear {
@@ -32,7 +32,7 @@ struct Operands {
     float factor;             // the power of two that the decoded weights still lack
     Norms norms;
     Places places;
-    Kept kept;
+    const char* kept;         // of a weight that has outliers (sm90_outliers.cuh), else null
 };
 
 // Where the CTA's shared memory is.
@@ -45,9 +45,6 @@ struct Shared {
 
 // Whether a row's scale is read behind the products: 32 tokens and what a row set's CTA knows leave no registers for it.
 constexpr bool kScalesLate = kPlaced && kFew && kTokens == 32;
-
-// Whether residuals are read behind outliers: two CTAs of 128 rows leave no registers for both.
-constexpr bool kResidualsLate = kOutliers && RESIDENT > 1 && kRowGroups > 1;
 
 // `use` counts the blocks that this CTA had before; `gathered`: a cluster adds the splits.
 template <typename Work>
@@ -62,16 +59,17 @@ __device__ __forceinline__ void run_item(
     // What results meet is fetched before sums are exchanged, which takes as long, where this CTA will have them. What
     // the kernels ahead wrote is there once this warpgroup has had activations.
     Met met;
-    const bool ahead = !kMany && !kBytewise && !kResidualsLate && (item.parts == 1 || (gathered && item.part == 0));
+    const bool ahead = !kMany && !kBytewise && (item.parts == 1 || (gathered && item.part == 0));
     const auto fetch = [&] {
         if (!ahead || threadIdx.x >= kFinishers) return;
         if (kFew && count <= threadIdx.x / 128) ptx::wait_for_earlier_kernels();
         met.load(item, terms, of.places, of.residual, of.norms);
     };
 #if !BYTES
+    const Beside<Work> beside(work, slots, of.kept, of.row_scales, of.factor);
     if constexpr (kFew) {
         float turns[kRowGroups][kSums];
-        multiply_few(turns, weights, xs, slots, use, count, of.row_scales, item.first_row, work.oc);
+        multiply_few(turns, weights, xs, slots, use, count, of.row_scales, item.first_row, work.oc, beside);
         if constexpr (kScalesLate) terms = RowTerms(work.oc, item, of.row_scales, of.factor);
         fetch();
         holds_all = exchange_turns(sums, turns, reinterpret_cast<float*>(slots + kExchangeAt), use == 0);
@@ -79,7 +77,12 @@ __device__ __forceinline__ void run_item(
 #endif
     if constexpr (!kFew) {
         const int row = terms.first_row + threadIdx.x % 32 / 4;
-        multiply_blocks(sums, weights, xs, slots, use, count, scales::row_offsets(of.row_scales, row, work.oc));
+        const scales::RowOffsets offsets = scales::row_offsets(of.row_scales, row, work.oc);
+#if BYTES
+        multiply_blocks(sums, weights, xs, slots, use, count, offsets);
+#else
+        multiply_blocks(sums, weights, xs, slots, use, count, offsets, row, beside);
+#endif
         fetch();
     }
     const TileScales of_tokens(shared.token_scales, of.x_scale, item);
@@ -89,10 +92,6 @@ __device__ __forceinline__ void run_item(
         holds_all = add_splits(sums, work, item, rank, of.partial, of.arrived);
     }
     if (!holds_all) return;
-    if constexpr (kOutliers) {  // ahead of biases, which take registers
-        ptx::wait_for_earlier_kernels();
-        terms.beside.sum(of.kept, item, terms.first_row, terms.rows, item.end_token);  // all tokens are in one tile
-    }
     terms.add_bias(of.bias, of.places);
     of_tokens.share(shared.norm_barrier);
     if constexpr (kMany) {

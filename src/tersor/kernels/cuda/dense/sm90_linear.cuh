@@ -53,22 +53,18 @@ extern "C" __global__ void TERSOR_CLUSTER __launch_bounds__(linear::kThreads, RE
     int splits,
     int x_rows,                                       // rows of a box: a CTA's share of a tile's tokens
     float factor,                                     // the power of two that the decoded weights still lack
-    const float* norm_weight,                         // this one and the rest: Norms in sm90_norm.cuh
+    const float* norm_weight,                         // this one to norm_eps: Norms in sm90_norm.cuh
     u16* __restrict__ scaled,
     float* squares,
     float norm_scale,
     float norm_eps,
-    const u32* __restrict__ kept_words,               // this one and the rest: Kept in sm90_outliers.cuh
-    const u16* kept_x,
-    int kept_count,
-    int kept_stride) {
+    const char* __restrict__ kept) {                  // of a weight that has outliers (sm90_outliers.cuh), else null
     using namespace linear;
     extern __shared__ __align__(1024) char slots[];
     __shared__ __align__(8) u64 barriers[kBarriers];
     __shared__ __align__(8) float token_scales[kScaledTokens];
     const auto make = [&] { return Work{oc, ic, n, whole_tiles, splits, kSlotBoxes * x_rows}; };
     const Norms norms{norm_weight, scaled, squares, norm_scale, norm_eps};
-    const Kept kept{kept_words, kept_x, kept_count, kept_stride};
     const float* row_scales = reinterpret_cast<const float*>(scale);
     const Operands of{row_scales, bias, x_scale, residual, y, partial, arrived, factor, norms, {}, kept};
     run_cta<Work>(make, nullptr, x_map, weight, scale, of, x_rows, splits, slots, barriers, token_scales);

@@ -8,16 +8,18 @@
 #include "common/scales.cuh"
 #include "common/tile.cuh"
 #include "common/wgmma.cuh"
+#include "dense/sm90_outliers.cuh"
 #include "dense/sm90_pipeline.cuh"
 
 namespace linear {
 
 using Multiply = wgmma::Multiply<kBf16 ? wgmma::kBfloat16 : wgmma::kFloat16>;
 
-// sums += scale * part for one scale group of the block.
+// sums += scale * factor * part for one scale group of the block.
 __device__ __forceinline__ void add_scaled(
-    float (&sums)[kSums], const float (&part)[kSums], const char* block_scales, int group, int row) {
-    const float low = scales::in_block(block_scales, group, row), high = scales::in_block(block_scales, group, row + 8);
+    float (&sums)[kSums], const float (&part)[kSums], const char* block_scales, int group, int row, float factor) {
+    const float low = scales::in_block(block_scales, group, row) * factor;
+    const float high = scales::in_block(block_scales, group, row + 8) * factor;
 #pragma unroll
     for (int i = 0; i < kSums; ++i) sums[i] += (i % 4 < 2 ? low : high) * part[i];
 }
@@ -26,9 +28,10 @@ __device__ __forceinline__ void add_scaled(
 // activations that was read once meets the weights of all row groups. `sums` are of a row group each. wgmma takes as
 // long for 8 tokens as for 16, so mma.sync feeds the tensor cores faster here, and with 32 tokens still as fast as weights
 // come to a small matrix; its fragments and sums are those of wgmma for each warp's 16 rows.
+template <typename Work>
 __device__ __forceinline__ void multiply_few(
     float (&sums)[kRowGroups][kSums], const WeightRing& weights, const XRing& xs, const char* slots, u32 use, int count,
-    const float* row_scales, int first_row, int oc) {
+    const float* row_scales, int first_row, int oc, const Beside<Work>& beside) {
     // Whether a fragment of activations meets all row groups before the next; scales in many groups leave no registers.
     constexpr bool kShares = kGroups < 2;
     const auto kept = [](u32 value) { return kShares ? ptx::kept(value) : value; };
@@ -42,6 +45,8 @@ __device__ __forceinline__ void multiply_few(
     static_assert(!kFew || kWeightSlots == kXSlots, "one place tells of both rings");
     // Whether scales are read with the words: read last, they delay the slot's release. With more tokens that is slower.
     constexpr bool kScalesAhead = kGroups == 1 && kTokens == 8;
+    // The same of the first rounds of outliers; 128 rows and 16 tokens leave no registers for them.
+    constexpr bool kRoundsAhead = kRowGroups * kTokens < 32;
     float parts[kRowGroups][kChains][kTokens / 8][4] = {};
     scales::RowOffsets offsets[kRowGroups];
 #pragma unroll
@@ -59,7 +64,13 @@ __device__ __forceinline__ void multiply_few(
     // Where this lane finds row (token) lane % 8 of the 16-byte column lane / 8, under the swizzle; column 4 + lane / 8 is
     // 64 bytes before or after.
     const u32 chunk = kept(lane % 8 * 128 + (lane / 8 ^ lane % 8) * 16);
+    const u32 own_kept = kRowGroups * (tile::kUnitBytes + kScaleBytes) + warp * OUTLIERS * kRoundBytes;
     const auto flush = [&](int rows, float low, float high) {
+        if constexpr (kOutliers) {
+            const int own = first_row + rows * tile::kUnitRows + warp * tile::kRows + row;
+            low *= beside.scale(own);
+            high *= beside.scale(own + 8);
+        }
 #pragma unroll
         for (int i = 0; i < kSums; ++i) {
             float part = parts[rows][0][i / 4][i % 4];
@@ -76,6 +87,14 @@ __device__ __forceinline__ void multiply_few(
         const XRing::Place x_at(at.slot, at.parity);
         const u32 x = xs.address(x_at) + chunk;
         float ahead[kRowGroups][2];
+        uint4 rounds[kRowGroups];
+        const auto load_rounds = [&] {
+#pragma unroll
+            for (int rows = 0; rows < kRowGroups; ++rows) {
+                rounds[rows] = beside.first(stage + own_kept + rows * kKeptBytes);
+            }
+        };
+        if constexpr (kOutliers && kRoundsAhead) load_rounds();
         if constexpr (kScalesAhead) {
 #pragma unroll
             for (int rows = 0; rows < kRowGroups; ++rows) {
@@ -118,6 +137,22 @@ __device__ __forceinline__ void multiply_few(
                 }
             }
         }
+        if constexpr (kOutliers) {
+            const u32 slot = xs.address(x_at) - xs.base;
+            bool others = false;
+            if constexpr (!kRoundsAhead) load_rounds();
+#pragma unroll
+            for (int rows = 0; rows < kRowGroups; ++rows) {
+                beside.add(sums[rows], rounds[rows], slot);
+                others |= beside.follows(rounds[rows]);
+            }
+            if (others) {
+#pragma unroll
+                for (int rows = 0; rows < kRowGroups; ++rows) {
+                    beside.add_others(sums[rows], rounds[rows], stage + own_kept + rows * kKeptBytes, slot);
+                }
+            }
+        }
         weights.release(at);  // and with it this thread's loads of activations have ended, too
         release_x(xs, x_at);
         at.advance(kTurns);
@@ -130,9 +165,10 @@ __device__ __forceinline__ void multiply_few(
 
 // A multiplying warp: decodes its 16 rows of its blocks and multiplies them with the tokens in the slots. `use` counts
 // the blocks that this CTA had before the item.
+template <typename Work>
 __device__ __forceinline__ void multiply_blocks(
     float (&sums)[kSums], const WeightRing& weights, const XRing& xs, const char* slots, u32 use, int count,
-    const scales::RowOffsets& offsets) {
+    const scales::RowOffsets& offsets, int own_row, const Beside<Work>& beside) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, row_group = threadIdx.x / 128 % kRowGroups;
     constexpr int kPairs = decode::kRegisters;
     constexpr int kSets = 4 * tile::kSteps / kPairs;  // decode groups of a block
@@ -141,15 +177,22 @@ __device__ __forceinline__ void multiply_blocks(
     static_assert(kSlotSets > 0, "a decode group reads one slot of activations");
     // Decode groups whose products are under way or being prepared: four where registers are plenty, one where each
     // ends a scale group and is waited for anyway.
-    constexpr bool kPlenty = kGroups == 0 && kSets >= 4 && kComputeRegisters - kSums >= 192;
+    constexpr bool kPlenty = kGroups == 0 && kSets >= 4 && kComputeRegisters - kSums * (kOutliers ? 2 : 1) >= 192;
     constexpr int kAhead = kPlenty ? 4 : kGroups > 0 && kSetSteps % scales::kSteps == 0 ? 1 : 2;
     const u32 mask = decode::kept_mask(count);
-    float part[kSums];  // of one scale group
+    // Whether all products of a block are waited for at its end; beside the last ones its outliers are added.
+    constexpr bool kBlockwise = kGroups > 0 || kOutliers;
+    float part[kSums];  // of one scale group or, without, of outliers
     u32 pairs[kAhead][kPairs];
     if constexpr (kGroups > 0) {
 #pragma unroll
         for (int i = 0; i < kSums; ++i) sums[i] = 0.0f;
+    } else if constexpr (kOutliers) {
+#pragma unroll
+        for (int i = 0; i < kSums; ++i) part[i] = 0.0f;
     }
+    const u32 own_kept =
+        kRowGroups * (tile::kUnitBytes + kScaleBytes) + row_group * kKeptBytes + warp * OUTLIERS * kRoundBytes;
     WeightRing::Place weights_at(use);
     XRing::Place x_at(use * kSlotsOfBlock), x_before = x_at;
     for (int block = 0; block < count; ++block) {
@@ -160,13 +203,20 @@ __device__ __forceinline__ void multiply_blocks(
         u32 words[tile::kLaneWords];
         tile::load_lane(words, stage + row_group * tile::kUnitBytes + warp * tile::kBytes + lane * 16, lane);
         XRing::Place at = x_at;
+        uint4 round;
+        if constexpr (kOutliers) round = beside.first(stage + own_kept);
+        const auto add_outliers = [&](float (&to)[kSums]) {
+            const u32 slot = xs.address(x_at) - xs.base;
+            beside.add(to, round, slot);
+            if (beside.follows(round)) beside.add_others(to, round, stage + own_kept, slot);
+        };
 #pragma unroll
         for (int set = 0; set < kSets; ++set) {
             u32* a = pairs[set % kAhead];
             if (set > 0 && set % kSlotSets == 0) at.advance();
             if (set % kSlotSets == 0) xs.wait_filled(at);
             wgmma::wait<kAhead - 1>();  // the products that read these `pairs` have ended
-            if constexpr (kGroups == 0) {
+            if constexpr (!kBlockwise) {
                 // And with them the slot that their group was the last to read is free.
                 const int done = (set + kSets - kAhead) % kSets;
                 if (done % kSlotSets == kSlotSets - 1 && (set >= kAhead || block > 0)) {
@@ -189,20 +239,28 @@ __device__ __forceinline__ void multiply_blocks(
                     Multiply::run(part, a + 4 * i, b, step % scales::kSteps != 0);
                     if (step % scales::kSteps == scales::kSteps - 1) {
                         wgmma::commit();
+                        if constexpr (kOutliers) {
+                            if (step == tile::kSteps - 1) add_outliers(sums);
+                        }
                         wgmma::wait<0>();
-                        add_scaled(sums, part, block_scales, step / scales::kSteps, lane / 4);
+                        const float factor = kOutliers ? beside.factor : 1.0f;
+                        add_scaled(sums, part, block_scales, step / scales::kSteps, lane / 4, factor);
                         if (i + 1 < kSetSteps) wgmma::fence();
                     }
                 }
             }
             wgmma::commit();
-            if (kGroups == 0 && set == 0) {
+            if (!kBlockwise && set == 0) {
                 weights.release(weights_at);
             }
         }
+        if constexpr (kOutliers && kGroups == 0) {
+            add_outliers(part);
+            wgmma::wait<0>();
+        }
         // With a wait for a slot before each decode group, ptxas else waits after every product (C7513).
         if constexpr (kSlotSets == 1) wgmma::wait<kAhead - 1>();
-        if constexpr (kGroups > 0) {
+        if constexpr (kBlockwise) {
             weights.release(weights_at);
             XRing::Place free = x_at;
 #pragma unroll
@@ -213,11 +271,15 @@ __device__ __forceinline__ void multiply_blocks(
         x_at.advance(kSlotsOfBlock);
     }
     wgmma::wait<0>();
-    if constexpr (kGroups == 0) {
+    if constexpr (!kBlockwise) {
 #pragma unroll
         for (int i = 0; i < kSlotsOfBlock; ++i, x_before.advance()) {
             if ((i + 1) * kSlotSets > kSets - kAhead) release_x(xs, x_before);
         }
+    } else if constexpr (kGroups == 0) {
+        const float low = beside.scale(own_row), high = beside.scale(own_row + 8);
+#pragma unroll
+        for (int i = 0; i < kSums; ++i) sums[i] = __fmaf_rn(sums[i], i % 4 < 2 ? low : high, part[i]);
     }
 }
 

@@ -1,125 +1,158 @@
-// What a weight keeps beside its codes (tersor/formats/outliers.py): the finishing warps of few tokens add it to their
-// scaled sums, each lane to those of its own rows and tokens.
+// What a weight keeps beside its codes, in the order of tersor/layouts/outliers.py: the warps that multiply gather the
+// activations that outliers meet from the slots that their blocks meet anyway, and the tensor cores add up the products.
 //
-// Activations are read past the rings, a channel's tokens at a time: as dense/turned.cuh leaves them, [IC, stride], or of
-// at most kDirect tokens where they stand, [n, stride]. Of so few the four lanes that share a row take its outliers in
-// turn, and add up; of more each takes all of them, for two tokens of every eight.
+// A round is up to 16 outliers of one block of 16 rows by 128 channels. They are the columns of A[16, 16], each with one
+// number that is not zero, and their activations the rows of B[16, tokens], so that mma.sync adds them to fragments of sums
+// like any others. In shared memory a block has OUTLIERS rounds, which come with its codes; further ones, which a lane
+// reads where they lie in memory, are for the few blocks that have most. They follow each other, and the last of a block
+// in shared memory says where they begin.
 //
-// Parameter: OUTLIERS (0: none, 1: kept as fp16, 2: as bf16).
+//     round        [4] of two pairs each, of lane % 4: numbers, places, numbers, places: 64 bytes
+//     numbers      two 16-bit floats
+//     places       of each: bits 1 to 6: channel of the half, 7 to 9 and 14: row, 10 to 13, all the same: which half;
+//                  bits 0 and 15: of the first places of a round whether another one follows, in bit 0 of the first; the
+//                  other seven a part of the number of a block's first further round
+//     all          [kept_units][blocks][4 blocks of 16 rows][OUTLIERS] rounds, [kept_units + 1] numbers of the first further round
+//                  of a unit, up to whole 16 bytes, further rounds
+//
+// Parameter: OUTLIERS (rounds of a block in shared memory; 0: the weight keeps none).
 #ifndef TERSOR_DENSE_SM90_OUTLIERS  // of a row set: may be read again for another (mixed/sm90_level.cuh)
 #define TERSOR_DENSE_SM90_OUTLIERS
 
 #include "common/ptx.cuh"
+#include "common/scales.cuh"
+#include "common/tile.cuh"
 #include "dense/sm90_pipeline.cuh"
 
 namespace linear {
 
 constexpr bool kOutliers = OUTLIERS > 0;
-static_assert(!kOutliers || !(kMany || kPlaced || kNormIn || kNormOut), "of few tokens, with nothing else about them");
+constexpr int kRoundBytes = 64;
+static_assert(!kOutliers || !(kBytewise || kPlaced || kNormIn || kNormOut), "beside 16-bit activations and nothing else");
+static_assert(kKeptBytes == OUTLIERS * tile::kUnitBlocks * kRoundBytes, "what the slots have room for");
 
-// What a launch has of them.
-struct Kept {
-    const u32* words;  // [oc, count]: a column in the lower 16 bits, the weight in the upper
-    const u16* x;      // activations, as above
-    int count, stride;
-};
-
-// One warp: the words of an item's rows go to L2 while products are made.
-__device__ __forceinline__ void fetch_words(const Kept& kept, const Item& item, int rows) {
-    constexpr int kOfLine = 32;
-    const long long first = static_cast<long long>(item.first_row) * kept.count;
-    const int count = min(kRows, rows - item.first_row) * kept.count;
-    for (int i = threadIdx.x % 32 * kOfLine; i < count; i += 32 * kOfLine) ptx::prefetch(kept.words + first + i);
+// Units that have rounds: behind the last one there are as many as a tile may have beyond it, without outliers.
+template <typename Work>
+__device__ __forceinline__ int kept_units(const Work& work) {
+    constexpr int kBeyond = 2;
+    static_assert(!kOutliers || (kRowGroups <= kBeyond + 1 && kCluster == 1), "rows of a tile behind the last one");
+    return (work.oc + tile::kUnitRows - 1) / tile::kUnitRows + kBeyond;
 }
 
+// Where the numbers of the first further rounds begin, and those rounds themselves.
+template <typename Work>
+__device__ __forceinline__ const u32* firsts(const char* kept, const Work& work) {
+    return reinterpret_cast<const u32*>(kept + static_cast<long long>(kept_units(work)) * work.blocks() * kKeptBytes);
+}
+template <typename Work>
+__device__ __forceinline__ const uint4* further(const char* kept, const Work& work) {
+    return reinterpret_cast<const uint4*>(firsts(kept, work) + (kept_units(work) + 4) / 4 * 4);
+}
+
+// The warps that multiply: the further rounds of all items go to L2 while the rings fill, each item's by a warp.
+template <typename Work>
+__device__ __forceinline__ void fetch_further(const char* kept, const Work& work, int rank) {
+    const char* rounds = reinterpret_cast<const char*>(further(kept, work));
+    u32 turn = 0;
+    for_items(work, rank, [&](const Item& item) {
+        if (turn++ % (kConsumers / 32) != threadIdx.x / 32) return;
+        const u32* first = firsts(kept, work) + item.first_row / tile::kUnitRows;
+        const u32 last = __ldg(first + kRowGroups);
+        for (u32 i = __ldg(first) + threadIdx.x % 32; i < last; i += 32) {
+            ptx::prefetch(rounds + static_cast<long long>(i) * kRoundBytes);
+            ptx::prefetch(rounds + static_cast<long long>(i) * kRoundBytes + kRoundBytes / 2);
+        }
+    });
+}
+
+// Where the activations of an outlier begin that stands at the lower half of `place`; `x`, from the first slot on, is the
+// place of this lane's row of the first half's piece, under its swizzle. Pieces lie in slots as halves in a block.
+__device__ __forceinline__ u32 activations(u32 x, u32 place) {
+    constexpr u32 kChannel = 0x7E, kHalf = 0x400;
+    if constexpr (kSlotPieces == 2 && (kTokens & (kTokens - 1)) == 0) return x ^ (place & (kChannel | kXPiece));
+    return x + (place & kHalf) * (kXPiece / kHalf) ^ (place & kChannel);
+}
+
+// Adds what a round makes with the tokens at `x`; `row` is that of this lane's sums as places have it, twice.
+__device__ __forceinline__ void add_round(float (&sums)[kSums], const uint4& round, const char* slots, u32 x, u32 row) {
+    constexpr u32 kRowBits = 0x43804380u;
+    const u32 rows[] = {round.y & kRowBits, round.w & kRowBits}, lower = row + 0x40004000u;
+    const u32 a[] = {
+        round.x & ptx::equal_halves(rows[0], row), round.x & ptx::equal_halves(rows[0], lower),
+        round.z & ptx::equal_halves(rows[1], row), round.z & ptx::equal_halves(rows[1], lower)};
+    const char* from[] = {
+        slots + activations(x, round.y), slots + activations(x, round.y >> 16),
+        slots + activations(x, round.w), slots + activations(x, round.w >> 16)};
+#pragma unroll
+    for (int i = 0; i < kTokens / 8; ++i) {
+        u32 b[4];
+#pragma unroll
+        for (int k = 0; k < 4; ++k) b[k] = *reinterpret_cast<const u16*>(from[k] + i * 1024);
+        float eight[] = {sums[4 * i], sums[4 * i + 1], sums[4 * i + 2], sums[4 * i + 3]};
+        ptx::multiply_add<kBf16>(eight, a, b[0] | b[1] << 16, b[2] | b[3] << 16);
+#pragma unroll
+        for (int k = 0; k < 4; ++k) sums[4 * i + k] = eight[k];
+    }
+}
+
+// What a warp that multiplies needs for the outliers of an item. Sums that outliers are added to have their scales already,
+// and what the decoded weights still lack: `scale` says it.
+template <typename Work>
 struct Beside {
-    static constexpr int kDirect = 4;   // tokens that are read where they stand
-    static constexpr int kEights = kTokens / 8;
-    static constexpr int kLoads = RESIDENT > 1 && kRowGroups > 1 ? 2 : 16;  // under way together, by what registers hold
-    static constexpr int kAtOnce = kEights > 6 ? 2 : kEights > 2 ? 4 : kLoads / kEights;  // words of these
-    float of[kOutliers ? kSums : 1];    // as sums are
+    const Work& work;
+    const char* slots;
+    const char* kept;
+    const float* row_scales;
+    float factor;
+    u32 row, x, quad;  // of this lane: its row as `add_round` takes it, its token's place in a slot, its pairs' in a round
 
-    // Sums up what this lane's rows keep; `n` tokens are multiplied in all.
-    __device__ __forceinline__ void sum(const Kept& kept, const Item& item, int first_row, int rows, int n) {
-        const int lane = threadIdx.x % 32;
-#pragma unroll
-        for (int i = 0; i < kSums; ++i) of[i] = 0.0f;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const int row = first_row + lane / 4 + 8 * half;
-            const u32 words = static_cast<u32>(row < rows ? row : 0) * kept.count;  // the first of its row
-            if (n <= kDirect) {
-                sum_direct(kept, words, half, n);
-            } else {
-                sum_turned(kept, words, half, item);
-            }
+    __device__ __forceinline__ Beside(
+        const Work& work, const char* slots, const char* kept, const float* row_scales, float factor)
+        : work(work), slots(slots), kept(kept), row_scales(row_scales), factor(factor) {
+        if constexpr (kOutliers) {
+            const u32 lane = threadIdx.x % 32;
+            row = ptx::kept(lane / 4 * 0x00800080u);
+            x = ptx::kept(lane / 4 * (128 + 16));
+            quad = ptx::kept(lane % 4 * 16);
         }
     }
 
-private:
-    __device__ __forceinline__ void sum_direct(const Kept& kept, u32 words, int half, int n) {
-        constexpr int kWords = kLoads < 16 ? 1 : 4;
-        const int quad = threadIdx.x % 4;
-        float own[kDirect] = {};
+    // What parts of a row's sums are multiplied by beside their scales in groups.
+    __device__ __forceinline__ float scale(int row) const {
+        if constexpr (kGroups > 0) return factor;
+        return row < work.oc ? scales::of_row(row_scales, row) * factor : 0.0f;
+    }
+
+    // The first round of a block of 16 rows whose rounds begin at `rounds`.
+    __device__ __forceinline__ uint4 first(const char* rounds) const {
+        return *reinterpret_cast<const uint4*>(rounds + quad);
+    }
+    // Adds what a round makes with the tokens of the slot that begins at `slot`.
+    __device__ __forceinline__ void add(float (&sums)[kSums], const uint4& round, u32 slot) const {
+        add_round(sums, round, slots, slot + x, row);
+    }
+    // The same of all rounds behind the first one.
+    __device__ __forceinline__ void add_others(float (&sums)[kSums], uint4 round, const char* rounds, u32 slot) const {
 #pragma unroll 1
-        for (int base = quad; base < kept.count; base += 4 * kWords) {
-            u32 word[kWords];
-#pragma unroll
-            for (int i = 0; i < kWords; ++i) {
-                word[i] = base + 4 * i < kept.count ? __ldg(kept.words + (words + base + 4 * i)) : 0;
-            }
-#pragma unroll
-            for (int i = 0; i < kWords; ++i) {
-#pragma unroll
-                for (int token = 0; token < kDirect; ++token) {
-                    if (base + 4 * i >= kept.count || token >= n) continue;
-                    const u16 x = __ldcg(kept.x + (token * kept.stride + (word[i] & 0xffff)));
-                    own[token] = __fmaf_rn(weight(word[i]), ptx::widen<kBf16>(x), own[token]);
-                }
-            }
+        for (int i = 1; i < OUTLIERS && follows(round); ++i) {
+            round = first(rounds + i * kRoundBytes);
+            add(sums, round, slot);
         }
+        if (!follows(round)) return;
+        const u32 part = (round.y >> 15 & 3) | (round.y >> 31) << 2 | (round.w & 1) << 3 | (round.w >> 15 & 3) << 4 |
+                         (round.w >> 31) << 6;
+        u32 number = 0;
 #pragma unroll
-        for (int token = 0; token < kDirect; ++token) {
-            own[token] += __shfl_xor_sync(~0u, own[token], 1);
-            own[token] += __shfl_xor_sync(~0u, own[token], 2);
-            if (token / 2 == quad) of[2 * half + token % 2] = own[token];
-        }
-    }
-
-    __device__ __forceinline__ void sum_turned(const Kept& kept, u32 words, int half, const Item& item) {
-        const u32 tokens = item.first_token + threadIdx.x % 4 * 2;
+        for (int i = 0; i < 4; ++i) number |= __shfl_sync(~0u, part, i) << 7 * i;
+        const char* next = reinterpret_cast<const char*>(further(kept, work)) + static_cast<long long>(number) * kRoundBytes;
 #pragma unroll 1
-        for (int base = 0; base < kept.count; base += kAtOnce) {
-            u32 word[kAtOnce], pairs[kAtOnce][kEights];
-#pragma unroll
-            for (int i = 0; i < kAtOnce; ++i) word[i] = base + i < kept.count ? __ldg(kept.words + (words + base + i)) : 0;
-#pragma unroll
-            for (int i = 0; i < kAtOnce; ++i) {
-                const u32 column = tokens + (word[i] & 0xffff) * kept.stride;  // elements are fewer than 2^32
-#pragma unroll
-                for (int j = 0; j < kEights; ++j) {
-                    const bool there = base + i < kept.count && item.first_token + 8 * j < item.end_token;
-                    pairs[i][j] = there ? __ldcg(reinterpret_cast<const u32*>(kept.x + (column + 8 * j))) : 0;
-                }
-            }
-#pragma unroll
-            for (int i = 0; i < kAtOnce; ++i) {
-#pragma unroll
-                for (int j = 0; j < kEights; ++j) {
-#pragma unroll
-                    for (int odd = 0; odd < 2; ++odd) {
-                        const float x = ptx::widen<kBf16>(static_cast<u16>(pairs[i][j] >> 16 * odd));
-                        float& sum = of[4 * j + 2 * half + odd];
-                        sum = __fmaf_rn(weight(word[i]), x, sum);
-                    }
-                }
-            }
-        }
+        do {
+            round = __ldg(reinterpret_cast<const uint4*>(next + quad));
+            next += kRoundBytes;
+            add(sums, round, slot);
+        } while (follows(round));
     }
-
-    __device__ __forceinline__ static float weight(u32 word) {
-        return ptx::widen<OUTLIERS == 2>(static_cast<u16>(word >> 16));
-    }
+    __device__ __forceinline__ static bool follows(const uint4& round) { return round.y & 1; }
 };
 
 }  // namespace linear

@@ -55,7 +55,8 @@ __device__ __forceinline__ void add_bytes(float& sum, float bytes) { sum += byte
 __device__ __forceinline__ void add_bytes(int& sum, float bytes) { sum += __float_as_int(bytes); }
 
 constexpr int kScaleBytes = tile::kUnitBlocks * scales::kBlockBytes;  // of one unit: 64 rows of one block
-constexpr int kWeightSlotBytes = kRowGroups * (tile::kUnitBytes + kScaleBytes);
+constexpr int kKeptBytes = OUTLIERS * tile::kUnitBlocks * 64;         // of its outliers (sm90_outliers.cuh)
+constexpr int kWeightSlotBytes = kRowGroups * (tile::kUnitBytes + kScaleBytes + kKeptBytes);
 constexpr int kPieces = kBytewise ? 1 : 2;                        // a block of a token is as many swizzled rows of 128 bytes
 constexpr int kPieceChannels = tile::kColumns / kPieces;
 constexpr int kXPiece = kTokens * 128;
@@ -182,25 +183,31 @@ __device__ __forceinline__ void for_items(const Work& work, int rank, const Run&
     }
 }
 
-// A thread that copies codes or, in groups, scales of weights: two of them keep one ring full, since one alone is too
-// slow for its many small copies. Bytes of scales may arrive before they are announced with the codes.
-template <bool kCodes, typename Work>
+// What a slot of weights has of each unit, one kind behind the other.
+enum class Part { kCodes, kScales, kKept };
+
+// A thread that copies codes, scales in groups or outliers: one alone is too slow for its many small copies. Bytes of the
+// others may arrive before they are announced with the codes.
+template <Part kPart, typename Work>
 __device__ __forceinline__ void copy_weights(const WeightRing& ring, const Work& work, int rank, const char* source) {
-    constexpr int kBytes = kCodes ? tile::kUnitBytes : kScaleBytes;
-    constexpr int kOffset = kCodes ? 0 : kRowGroups * tile::kUnitBytes;
+    constexpr int kBytes = kPart == Part::kCodes ? tile::kUnitBytes : kPart == Part::kScales ? kScaleBytes : kKeptBytes;
+    constexpr int kOffset = kPart == Part::kCodes ? 0 : kRowGroups * (tile::kUnitBytes + (kPart == Part::kKept ? kScaleBytes : 0));
     const u64 policy = ptx::evict_first_policy();
     const int row_units = (work.oc + tile::kUnitRows - 1) / tile::kUnitRows;
     const long long stride = static_cast<long long>(work.blocks()) * kBytes;  // from one row unit to the next
     WeightRing::Place at(0);
     for_items(work, rank, [&](const Item& item) {
         const int row_unit = item.first_row / tile::kUnitRows;
-        const int units = max(0, min(kRowGroups, row_units - row_unit));
+        const int units = kPart == Part::kKept ? kRowGroups : max(0, min(kRowGroups, row_units - row_unit));
         const char* from = source + (static_cast<long long>(item.matrix) * row_units + row_unit) * stride +
                            static_cast<long long>(item.first_block) * kBytes;
 #pragma unroll 1
         for (int block = item.first_block; block < item.last_block; ++block, from += kBytes, at.advance()) {
             ring.wait_emptied(at);
-            if constexpr (kCodes) ptx::barrier_expect(ring.filled(at), units * (tile::kUnitBytes + kScaleBytes));
+            if constexpr (kPart == Part::kCodes) {
+                const int bytes = units * (tile::kUnitBytes + kScaleBytes) + kRowGroups * kKeptBytes;
+                ptx::barrier_expect(ring.filled(at), bytes);
+            }
 #pragma unroll
             for (int i = 0; i < kRowGroups; ++i) {
                 if (i >= units) continue;

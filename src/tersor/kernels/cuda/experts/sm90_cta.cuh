@@ -100,7 +100,7 @@ __device__ __forceinline__ void run_experts(
         meet();
         if (ptx::elect()) {
             if (warp == 0) {
-                copy_weights<true>(weights, work, 0, weight);
+                copy_weights<Part::kCodes>(weights, work, 0, weight);
                 asked();
             }
             if (warp == 1) {
@@ -110,7 +110,7 @@ __device__ __forceinline__ void run_experts(
                     copy_activations(xs, work, 0, of.x_map, of.x_rows, of.x_scale, 0);
                 }
             }
-            if (kGroups > 0 && warp == 2) copy_weights<false>(weights, work, 0, scale);
+            if (kGroups > 0 && warp == 2) copy_weights<Part::kScales>(weights, work, 0, scale);
         }
     } else {
         meet();
