@@ -14,10 +14,14 @@ _numbers = itertools.count()
 
 
 def forget() -> None:
-    """Drop what Tersor keeps of the environment, of its mode and of measured choices, as far as it is imported."""
+    """Drop what Tersor keeps of the environment, of its mode, of launches and of choices, as far as it is imported."""
     for name in ("tersor.ops.prepared", "tersor.kernels.tune.choice"):
         if name in sys.modules:
             sys.modules[name].forget()
+    for module in [module for name, module in sys.modules.items() if name.startswith("tersor.ops.")]:
+        for kept in vars(module).values():
+            if hasattr(kept, "cache_clear"):
+                kept.cache_clear()
 
 
 @pytest.fixture(autouse=True)

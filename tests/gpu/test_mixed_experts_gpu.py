@@ -160,6 +160,8 @@ def test_every_tile_of_one_launch_gives_what_a_launch_a_level_gives(
                         assert not any("experts_sm90" in name for name in launched)
                 assert all(torch.equal(result, results[0]) for result in results), tile
                 close = 2e-2 if dtype is torch.bfloat16 else 4e-3
+                if tile.fast_sums:  # which may round what goes to the second product to another e4m3
+                    close = 4e-2
                 most = float(wanted.double().abs().max())
                 assert float((results[0].double() - wanted.double()).abs().max()) <= close * most, (tile, sms)
     grouped.forget()
