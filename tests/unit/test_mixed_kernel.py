@@ -146,8 +146,8 @@ def test_scales_of_tokens_come_with_their_blocks(activations: Activations, folde
 
 
 @pytest.mark.parametrize("activations", [Activations.INT8, Activations.INT8_GROUPS])
-def test_pieces_of_many_tokens_are_scaled_by_turns(activations: Activations, folder: Path) -> None:
-    """Two warpgroups that begin with a block by turns, in several items one behind the other, and a level without."""
+def test_many_tokens_are_multiplied_in_pieces(activations: Activations, folder: Path) -> None:
+    """In several items one behind the other, and a level beside that has no groups."""
     rows, n, ic = 160, 130, 384
     form = Assignment(Mix((get_scheme("uint4", 128), get_scheme("int8"))), bytes(int(i % 5 == 0) for i in range(rows)))
     generator = torch.Generator().manual_seed(4)

@@ -235,29 +235,25 @@ def test_scales_in_groups_keep_two_sets_of_sums() -> None:
     for n in (65, 1000, 8192):
         assert choose(problem_of(8192, 8192, n, scheme), H200).n_tile <= 128
     for activations in Activations:
-        grouped, by_rows = set(sm90.tiles(1, activations)), set(sm90.tiles(0, activations))
-        assert max(tile.tokens for tile in grouped) == 128
-        assert grouped == by_rows if activations.group_size else grouped < by_rows
-        assert not any(tile.fast_sums for tile in grouped)
+        narrow = {tile for tile in sm90.tiles(1, activations) if tile.tokens <= 128}
+        by_rows = set(sm90.tiles(0, activations))
+        assert narrow < by_rows
         for tile in by_rows:  # registers that are left beside two sets of sums
-            assert (tile.tokens <= 128 and tile.registers - tile.tokens >= 64) == (tile in grouped), tile
+            assert (tile.tokens <= 128 and tile.registers - tile.tokens >= 64) == (tile in narrow), tile
     registers = {tile: tile.registers for tile in sm90.tiles(0)}
     assert registers[sm90.Tile(256, 2, 1, 2, 1)] == 224
     assert registers[sm90.Tile(128, 3, 1, 1, 1)] == 152
     assert registers[sm90.Tile(64, 1, 1, 1, 2)] == 216
 
 
-def test_tiles_in_pieces_are_there_once_they_are_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For one scale of a row in a block, or of a token; more scales have the tiles that they had."""
-    monkeypatch.setattr("tersor.kernels.tune.tile.CHOOSES_PIECES", False)
-    before = {(count, kind): set(sm90.tiles(count, kind)) for count in (0, 1, 2) for kind in Activations}
-    monkeypatch.setattr("tersor.kernels.tune.tile.CHOOSES_PIECES", True)
-    more = {key: {tile.tokens for tile in set(sm90.tiles(*key)) - tiles} for key, tiles in before.items()}
-    wide = {160, 192, 224, 256}
-    assert more == {key: set() for key in before} | {
-        (1, Activations.E4M3): wide,
-        (1, Activations.INT8): wide,
-        (0, Activations.INT8_GROUPS): {256},
+def test_more_than_128_tokens_are_multiplied_in_pieces_where_scales_are_in_groups() -> None:
+    """For one scale of a row in a block, or of a token."""
+    wide = {(count, kind): {tile.tokens for tile in sm90.tiles(count, kind) if tile.in_pieces and tile.tokens > 128}
+            for count in (1, 2) for kind in Activations}  # fmt: skip
+    some = {160, 192, 224, 256}
+    assert wide == {key: set() for key in wide} | {
+        (1, Activations.E4M3): some,
+        (1, Activations.INT8): some,
         (1, Activations.INT8_GROUPS): {256},
     }
 

@@ -12,10 +12,9 @@ from tersor.formats import Activations
 from tersor.hardware import Chip
 from tersor.kernels.tune.problem import FEW_TOKENS
 
-CHOOSES_PIECES = False
-"""Whether scales in groups beside 8-bit activations have tiles of more than 128 tokens (`Tile.in_pieces`)."""
 PIECES_FROM = 160
-"""Tokens of a tile from which on it is multiplied in pieces: 128 would be the least for which it is meant."""
+"""Tokens of a tile from which on it is multiplied in pieces; of 128 e4m3 then takes 13 % longer, int8 from 8 % less to no
+less."""
 _MAX_SLOTS = 16
 _RESERVED_SHARED = 1024
 """Shared memory the driver keeps for each resident CTA, in bytes (CUDA C++ Programming Guide, compute 8.0 on)."""
@@ -84,7 +83,7 @@ class Tile:
     def grouped(self) -> bool:
         """Whether scales in groups have this tile: registers hold a second set of sums, or pieces of one."""
         if self.tokens > 128:
-            return CHOOSES_PIECES and self.in_pieces
+            return self.in_pieces
         return self.registers - self.tokens >= 64
 
     @property

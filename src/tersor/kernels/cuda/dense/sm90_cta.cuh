@@ -28,7 +28,7 @@ __device__ __forceinline__ void meet(bool gathered) {
 }
 
 // Shared memory of a CTA whose size the host does not choose.
-constexpr int kBarriers = 2 * (kXSlots + kWeightSlots) + kMoreBarriers;
+constexpr int kBarriers = 2 * (kXSlots + kWeightSlots + 1) + kNormIn;
 constexpr int kScaledTokens = kTokenScales ? kTokens : 1;
 
 // `make()` returns the CTA's Work. Where that is not to be had from constants alone (kPlaced) it is made by warps that copy,
@@ -68,7 +68,6 @@ __device__ __forceinline__ void run_cta(
                 ptx::barrier_init(shared.room_barrier, kFinishers);
                 ptx::barrier_init(shared.gather_barrier, 1);
                 if constexpr (kNormIn) ptx::barrier_init(shared.norm_barrier, 32);
-                start_turns(weights);
                 if constexpr (kPlaced) {
                     *kept = work;
                     __threadfence_block();  // a cluster meets without one

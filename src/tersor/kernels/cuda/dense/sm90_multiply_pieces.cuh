@@ -95,7 +95,6 @@ __device__ __forceinline__ void multiply_blocks(
 #pragma unroll
         for (int half = 0; half < 2 * kGroups; ++half) scale[half] = next_scale[half];
         xs.wait_filled(x_at);
-        if constexpr (kAlternates) ptx::barrier_wait(turn_barrier(weights, row_group), (use + block + 1 + row_group) % 2);
         const u64 x = wgmma::describe(xs.address(x_at));
 #pragma unroll
         for (int piece = 0; piece < kPieces; ++piece) {
@@ -104,7 +103,6 @@ __device__ __forceinline__ void multiply_blocks(
                 settle(piece - kParts);
             }
             multiply(piece, x);
-            if (kAlternates && piece == kPieces / 2) ptx::barrier_arrive(turn_barrier(weights, 1 - row_group));
             if (piece == kParts - 1) {
                 weights.release(weights_at);
                 weights_at.advance();

@@ -25,9 +25,7 @@ constexpr int kWeightSlots = WEIGHT_SLOTS;
 constexpr int kXSlots = X_SLOTS;
 constexpr int kGroups = scales::kGroups;
 constexpr bool kFew = !kBytewise && kTokens <= FEW_TOKENS;
-constexpr bool kInPieces = PIECES;                         // as in sm90_multiply_pieces.cuh, and by turns where there are
-constexpr bool kAlternates =                               // registers for it: 8 bits, or scales of tokens, leave none
-    kInPieces && kRowGroups == 2 && tile::kBits < 8 && !kXGroups;
+constexpr bool kInPieces = PIECES;                         // as in sm90_multiply_pieces.cuh
 constexpr int kBand = 1024 / kTokens;   // token tiles whose activations are in use at a time
 constexpr int kFinishers = 128 * kRowGroups;  // threads that add and write the result
 constexpr int kConsumers = kFinishers * kChannelGroups;
@@ -149,20 +147,6 @@ struct TileAt {
 
 using WeightRing = ring::Ring<kWeightSlots>;
 using XRing = ring::Ring<kXSlots>;
-
-// Barriers of the CTA behind those of both rings: two for splits that a cluster gathers, one for a norm, and one for each
-// warpgroup's turn, at which the other one arrives.
-constexpr int kMoreBarriers = 2 + kNormIn + kAlternates * kRowGroups;
-__device__ __forceinline__ u32 turn_barrier(const WeightRing& weights, int row_group) {
-    return weights.barriers + ring::kBarrierBytes * kWeightSlots + 8 * (2 + kNormIn + row_group);
-}
-
-// One thread initialises those for turns.
-__device__ __forceinline__ void start_turns(const WeightRing& weights) {
-    if constexpr (kAlternates) {
-        for (int group = 0; group < kRowGroups; ++group) ptx::barrier_init(turn_barrier(weights, group), 128);
-    }
-}
 
 // Tells all CTAs that share a slot of activations that this thread has read it.
 __device__ __forceinline__ void release_x(const XRing& ring, const XRing::Place& at) {

@@ -49,7 +49,7 @@ __device__ __forceinline__ void copy_tokens(
 }
 
 // Shared memory of a CTA whose size the host does not choose.
-constexpr int kExpertsBarriers = 2 * (kXSlots + kWeightSlots) + kMoreBarriers;
+constexpr int kExpertsBarriers = 2 * (kXSlots + kWeightSlots);
 constexpr int kExpertsTokenScales = kBytewise ? kTokens : 1;
 
 // What a CTA reads and writes beside weights and sizes: those of all experts, as sm90_experts.cuh has them.
@@ -93,7 +93,6 @@ __device__ __forceinline__ void run_experts(
         if (warp == 0 && ptx::elect()) {
             weights.start(kReaders);
             xs.start(kReaders);
-            start_turns(weights);
             ptx::barrier_init_fence();
         }
         __syncwarp();
