@@ -18,7 +18,7 @@ _ROUNDS = (1, 1, 2, 1, 8)
 
 def tiles() -> list[sm90.Tile]:
     """Return the tiles that can have them, of more than 64 tokens those of 128, which have the most sums."""
-    found = [tile for tile in sm90.tiles(0) if tile_takes_outliers(tile, 1, 0)]
+    found = [tile for tile in sm90.tiles(0) if tile_takes_outliers(tile, 1, 0, False)]
     return [tile for tile in found if tile.tokens <= 64 or tile.tokens == 128]
 
 
@@ -30,9 +30,9 @@ def all_sources(chip: Chip) -> list[KernelSource]:
         (name, size), count = next(formats), next(rounds)
         packing = Packing.of(get_scheme(name, size), dtype)
         groups = packing.scales_in_block
-        if tile not in sm90.tiles(groups) or not tile_takes_outliers(tile, 1, groups):
+        if tile not in sm90.tiles(groups) or not tile_takes_outliers(tile, 1, groups, False):
             packing, groups = Packing.of(get_scheme(name), dtype), 0
-        count = count if tile_takes_outliers(tile, count, groups) else 1
+        count = count if tile_takes_outliers(tile, count, groups, False) else 1
         bits, row_bytes = packing.scheme.format.bits, packing.scale_row_bytes + ROUND_ROW_BYTES * count
         slots, shared = tile.slots(bits, row_bytes, chip), tile.shared_bytes(bits, row_bytes, chip)
         found.append(dense.sm90_source(packing, dtype, tile, slots, shared, outliers=count))

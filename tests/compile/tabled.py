@@ -15,7 +15,7 @@ from tersor.formats import Scheme, get_scheme
 from tersor.hardware import Chip
 from tersor.kernels import dense
 from tersor.kernels.jit import KernelSource
-from tersor.kernels.tune import MOST_NORMED, sm80, sm90
+from tersor.kernels.tune import MOST_NORMED, ROUND_ROW_BYTES, sm80, sm90, tile_takes_outliers
 from tersor.layouts import decode_groups
 from tersor.layouts.packing import Packing
 
@@ -47,18 +47,17 @@ def _older(packing: Packing, chip: Chip) -> KernelSource:
 def _linears(chip: Chip) -> Iterator[KernelSource]:
     """Yield a kernel of every tile that differs from others in more than tokens."""
     gates = itertools.cycle((0, 1, 0, 3, 0))
-    more: Iterator[dict[str, object]] = itertools.cycle(
-        ({}, {"norm": dense.Norm.IN}, {"outliers": "bfloat16"}, {"norm": dense.Norm.OUT}, {"outliers": "float16"})
-    )
+    more = itertools.cycle((dense.Norm.NONE, dense.Norm.IN, None, dense.Norm.OUT, None))  # `None`: outliers
     tiles = {alike(tile): tile for tile in sm90.tiles(0)}
     for turn, tile in enumerate(tiles.values()):
-        dtype, gate, beside = decode_groups.PAIR_TARGETS[turn % 2], next(gates), {}
+        dtype, gate, norm, rounds = decode_groups.PAIR_TARGETS[turn % 2], next(gates), dense.Norm.NONE, 0
         packing = Packing.of(scheme(dtype), dtype)
         if tile.tokens <= MOST_NORMED:
-            gate, beside = 0, next(more)
-        bits, row_bytes = packing.scheme.format.bits, packing.scale_row_bytes
+            gate, found = 0, next(more)
+            norm, rounds = found or dense.Norm.NONE, int(found is None and tile_takes_outliers(tile, 1, 0, True))
+        bits, row_bytes = packing.scheme.format.bits, packing.scale_row_bytes + ROUND_ROW_BYTES * rounds
         slots, shared = tile.slots(bits, row_bytes, chip), tile.shared_bytes(bits, row_bytes, chip)
-        yield dense.sm90_source(packing, dtype, tile, slots, shared, gate, **beside)  # type: ignore[arg-type]
+        yield dense.sm90_source(packing, dtype, tile, slots, shared, gate, norm=norm, outliers=rounds)
 
 
 def _experts(chip: Chip) -> Iterator[KernelSource]:

@@ -143,7 +143,10 @@ def test_activations_in_e4m3_are_multiplied_for_any_number_of_tokens(dtype: torc
         found = ops.linear(x, held, residual=residual)
         exact = wide @ exact_weight.T + residual.double()
         allowed = wide.abs() @ exact_weight.abs().T * E4M3_SUMS + exact.abs() * torch.finfo(dtype).eps
-        assert bool(((found.double() - exact).abs() <= allowed + 1e-6).all())
+        share = (found.double() - exact).abs() / (allowed + 1e-6)
+        assert float(share.max()) <= 1, (
+            f"{n} tokens, row and token {divmod(int(share.argmax()), 704)}: {share.max():.2f}"
+        )
     assert any("float8_e4m3fn" in name for name in launched)
 
 

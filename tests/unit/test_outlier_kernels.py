@@ -220,7 +220,7 @@ def test_kernels_are_known_by_the_rounds_of_outliers_that_their_slots_have_room_
     assert (config.weight_slots, config.x_slots) != (slots.weights, slots.x) or config.shared_bytes > 0
     for n in (1, 16, 64, 300, 4096):
         chosen = choose_beside(replace(problem, n=n, scale_groups=0, scale_bytes=0), 1, H200)
-        assert chosen is not None and takes_outliers(chosen, 1, 0) and chosen.n_tile <= 128
+        assert chosen is not None and takes_outliers(chosen, 1, 0, False) and chosen.n_tile <= 128
 
 
 # In the order of kernels

@@ -23,6 +23,8 @@ _SCRATCH_BYTES = 64 << 20
 """Decoded weights held at a time of a weight as it is stored."""
 _TILE = 128
 """Rows and tokens of a tile of cuBLAS: where as many as there are multiprocessors fit, it splits no sums."""
+_ALIGNED = 8
+"""Channels of 16 bytes: of rows that do not begin with them, cuBLAS splits sums all the same, and rounds the parts."""
 
 
 def linear(
@@ -35,8 +37,8 @@ def linear(
 ) -> torch.Tensor:
     """Return the result [N, outputs] of x [N, IC] with slices of a decoded weight that has its scales.
 
-    cuBLAS rounds where it has nothing to add but a bias or a residual, and as many tiles as there are multiprocessors;
-    else its float32 sums are rounded by a kernel of their own.
+    cuBLAS rounds where it has nothing to add but a bias or a residual, as many tiles as there are multiprocessors, and
+    rows of whole 16 bytes; else its float32 sums are rounded by a kernel of their own.
 
     Args:
         x, bias, residual: as kernels read them.
@@ -44,7 +46,7 @@ def linear(
         oc, gate: rows of the weight, and how gate and up become one, or 0.
     """
     n, sms = x.shape[0], hardware.of_device(x.get_device()).sms
-    whole = not gate and (bias is None or residual is None)
+    whole = not gate and (bias is None or residual is None) and x.shape[1] % _ALIGNED == 0
     first = next(slices)
     if not whole or -(-n // _TILE) * -(-first[1].shape[0] // _TILE) < sms:
         target = str(x.dtype).removeprefix("torch.")

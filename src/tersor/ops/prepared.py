@@ -164,7 +164,8 @@ class WeightType:
         """Return how a kernel that adds outliers runs; `None` where there is none."""
         assert self.packing is not None
         if wanted is not None:
-            return wanted if tune.takes_outliers(wanted, rounds, self.packing.scales_in_block) else None
+            crowded = (rounds, self.packing.scales_in_block, self.packing.scheme.has_table)
+            return wanted if tune.takes_outliers(wanted, *crowded) else None
         chip = dispatch.kernel_chip(device)
         assert chip is not None
         return tune.choose_beside(tune.LinearProblem.of(self.packing, (self.oc, self.ic), n), rounds, chip)

@@ -59,19 +59,25 @@ def choose_normed(problem: LinearProblem, chip: Chip) -> LinearConfig | None:
     return min(options, key=lambda config: schedules.seconds(problem, config, chip), default=None)
 
 
-def takes_outliers(config: LinearConfig, rounds: int, scale_groups: int) -> bool:
+def takes_outliers(config: LinearConfig, rounds: int, scale_groups: int, tables: bool) -> bool:
     """Tell whether the kernel of a configuration may add outliers.
 
     Args:
         config: how it runs.
         rounds: of outliers that a block has room for in a slot (`layouts.outliers`).
         scale_groups: scales of one row in a block.
+        tables: whether a row has a table.
     """
-    return config.schedule == SM90 and tile_takes_outliers(sm90.tile_of(config), rounds, scale_groups)
+    return config.schedule == SM90 and tile_takes_outliers(sm90.tile_of(config), rounds, scale_groups, tables)
 
 
-def tile_takes_outliers(tile: sm90.Tile, rounds: int, scale_groups: int) -> bool:
-    """Tell the same of a tile: its threads have room for a second set of sums and, in turns, for what is loaded."""
+def tile_takes_outliers(tile: sm90.Tile, rounds: int, scale_groups: int, tables: bool) -> bool:
+    """Tell the same of a tile: its threads have room for a second set of sums and, in turns, for what is loaded.
+
+    A table takes eight registers: warps that take blocks of two row groups in turn with 16 tokens have not so many.
+    """
+    if tables and tile.few and tile.row_groups > 1 and tile.tokens > 8:
+        return False
     if tile.activations is not Activations.NATIVE or tile.cluster > 1 or not tile.grouped:
         return False
     crowded = tile.few and tile.resident > 1 and tile.row_groups > 1
@@ -91,10 +97,11 @@ def choose_beside(problem: LinearProblem, rounds: int, chip: Chip) -> LinearConf
     """
     wider = replace(problem, n=filled(problem.n), scale_bytes=problem.scale_bytes + ROUND_ROW_BYTES * rounds)
     usual = choose(wider, chip)
-    if takes_outliers(usual, rounds, problem.scale_groups):
+    if takes_outliers(usual, rounds, problem.scale_groups, problem.tables):
         return usual
     candidates = sm90.candidates(wider, chip)
-    options = [config for config in candidates if takes_outliers(config, rounds, problem.scale_groups)]
+    crowded = (rounds, problem.scale_groups, problem.tables)
+    options = [config for config in candidates if takes_outliers(config, *crowded)]
     return min(options, key=lambda config: schedules.seconds(wider, config, chip), default=None)
 
 

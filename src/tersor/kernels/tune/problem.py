@@ -24,6 +24,7 @@ class LinearProblem:
         bits: width of a code.
         scale_groups: scales of one row in a block of 128 input channels; 0 for one scale a row.
         scale_bytes: bytes that the scales of a row take in such a block, zero points included.
+        tables: whether a row has a table in place of a scale.
         aligned: whether rows of x start on 16 bytes, which a tensor map needs.
         activations: what the weight is multiplied with.
         batch_invariant: whether a row of y must not depend on how many other rows there are.
@@ -35,6 +36,7 @@ class LinearProblem:
     bits: int
     scale_groups: int = 0
     scale_bytes: int = 0
+    tables: bool = False
     aligned: bool = True
     activations: Activations = Activations.NATIVE
     batch_invariant: bool = False
@@ -57,6 +59,7 @@ class LinearProblem:
             bits=packing.scheme.format.bits,
             scale_groups=packing.scales_in_block,
             scale_bytes=packing.scale_row_bytes,
+            tables=packing.scheme.has_table,
             aligned=aligned,
             activations=activations,
             batch_invariant=batch_invariant,

@@ -94,25 +94,25 @@ class SparseCosts:
     """
 
     start: float = 6.0e-6
-    item: float = 3.6e-6
+    item: float = 4.1e-6
     memory: float = 0.9
     share: float = 1.3
-    issue: float = 2.99
-    latency: float = 406.0
-    together: float = 0.218
-    shared: tuple[float, float] = (27.0, 60.0)
+    issue: float = 2.61
+    latency: float = 417.0
+    together: float = 0.176
+    shared: tuple[float, float] = (27.8, 52.5)
     tensor: float = 0.76
     l2: float = 40.0
     run: float = 0.01
-    cut: float = 2.0e-6
-    exchange: float = 5e-13
+    cut: float = 3.7e-6
+    exchange: float = 5.9e-13
     cublas: float = 0.72
     decompress: float = 0.8
 
 
 COSTS = SparseCosts()
-"""Of an H200: `issue`, `latency`, `together`, `item`, `start` and `shared` of 16 bits are fitted to 132 times of 16
-tokens (bench/results/sparse_tiles_h200.json: mean error 4 %), the others counted; no time stands behind `cut`."""
+"""Of an H200: `item`, `issue`, `latency`, `together`, `shared`, `cut` and `exchange` are fitted to 36 times of 8 to 64
+tokens (bench/results/sparse_even_h200.json: mean error 4 %), the others counted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
