@@ -15,7 +15,7 @@ import pytest
 import torch
 from helpers.usage import refused_in_one_line
 
-from tersor.bench import latency, random_checkpoint, throughput, timing, workloads
+from tersor.bench import latency, random_checkpoint, shapes, throughput, timing, workloads
 from tersor.bench.vllm import rows, variants
 from tersor.bench.vllm.variants import Variant
 from tersor.cli import bench
@@ -276,7 +276,8 @@ def test_the_verb_times_vllm_first_and_shows_both(
         started.append(len(asked()))
         return made(DecoderConfig.from_dict(TINY), scheme, "cpu", torch.float32, **own)
 
-    monkeypatch.setattr(random, "random_decoder", small)
+    monkeypatch.setattr(latency, "random_decoder", small)
+    assert "llama-3-8b" in shapes.MODELS  # which are read once: ahead of the change
     monkeypatch.setitem(GEOMETRIES, "llama-3-8b", TINY)
     monkeypatch.setattr(bench, "need_gpu", lambda instead: None)
     monkeypatch.setattr(timing, "read_bandwidth", lambda: 1e12)
