@@ -132,7 +132,7 @@ def test_a_layer_moves_saves_and_is_captured() -> None:
 def exact_of(x: torch.Tensor, weight: torch.Tensor, activations: Activations) -> tuple[torch.Tensor, torch.Tensor]:
     """Return activations as they are multiplied, and the product with the decoded weight, float64."""
     if activations is not Activations.NATIVE:
-        codes, scales = activations.quantize(x.float())
+        codes, scales = (one.cuda() for one in activations.quantize(x.float().cpu()))
         x = activations.dequantize(codes, scales.double())
     return x.double(), x.double() @ weight.T
 

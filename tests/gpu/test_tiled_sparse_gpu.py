@@ -138,8 +138,8 @@ def test_activations_in_e4m3_are_multiplied_for_any_number_of_tokens(dtype: torc
     held, exact_weight = ops.preferred_sparse(weight.to(CUDA), dtype, "fp8"), decoded.double().cuda()
     for n in (1, 9, 64, 65, 300):
         x, residual = rows(n, 3000, dtype=dtype), rows(n, 704, dtype=dtype, seed=1)
-        codes, scale = formats.Activations.E4M3.quantize(x.float())
-        wide = codes.double() * scale.double().view(-1, 1)
+        codes, scale = formats.Activations.E4M3.quantize(x.float().cpu())  # torch on a GPU multiplies by 1 / 448
+        wide = (codes.double() * scale.double().view(-1, 1)).cuda()
         found = ops.linear(x, held, residual=residual)
         exact = wide @ exact_weight.T + residual.double()
         allowed = wide.abs() @ exact_weight.abs().T * E4M3_SUMS + exact.abs() * torch.finfo(dtype).eps
