@@ -11,7 +11,6 @@ tested, and no summary is written.
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import tempfile
@@ -29,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def main() -> None:
     """Run pytest, write the summary, exit."""
     again = AGAIN in sys.argv[1:]
-    before = json.loads((results_file.RESULTS / "gpu_tests.json").read_text()) if again else {}
+    before = results_file.read("gpu_tests") if again else {}
     options = [option for option in sys.argv[1:] if option != AGAIN]
     files = sorted(option for option in options if option.endswith(".py")) if again else []
     functions = sorted({name.partition("[")[0] for name in before.get("failed", ())})

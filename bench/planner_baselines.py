@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -98,11 +97,7 @@ def page(text: str, result: dict[str, Any]) -> str:
 
 def main() -> None:
     """Plan all and write the result, or write the page."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", action="store_true", help="make the table of docs/planning.md of the result")
-    if parser.parse_args().write:
-        result = json.loads((results_file.RESULTS / f"{NAME}.json").read_text(encoding="utf-8"))
-        PAGE.write_text(page(PAGE.read_text(encoding="utf-8"), result), encoding="utf-8")
+    if results_file.rewrote(__doc__, PAGE, lambda text: page(text, results_file.read(NAME))):
         return
     rows = []
     for name, format in MODELS:

@@ -8,7 +8,6 @@ of Llama-2-70B, of e4m3 keys and values, of 16-bit weights and of experts are pr
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -83,10 +82,7 @@ def page(text: str, found: Sequence[tuple[str, dict[str, Any], float]]) -> str:
 
 def main() -> None:
     """Print all rows, and the mean error of every model; or write the page."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", action="store_true", help="make the table of docs/planning.md of the results")
-    if parser.parse_args().write:
-        PAGE.write_text(page(PAGE.read_text(encoding="utf-8"), list(steps())), encoding="utf-8")
+    if results_file.rewrote(__doc__, PAGE, lambda text: page(text, list(steps()))):
         return
     errors: dict[str, list[float]] = {}
     print("file | model | format | kv | rows | context | measured ms | predicted ms | error")

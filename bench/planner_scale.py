@@ -8,8 +8,6 @@ docs/planning.md of that file.
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -92,11 +90,7 @@ def page(text: str, result: dict[str, Any]) -> str:
 
 def main() -> None:
     """Plan all and write the result, or write the page."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", action="store_true", help="make the table of docs/planning.md of the result")
-    if parser.parse_args().write:
-        result = json.loads((results_file.RESULTS / f"{NAME}.json").read_text(encoding="utf-8"))
-        PAGE.write_text(page(PAGE.read_text(encoding="utf-8"), result), encoding="utf-8")
+    if results_file.rewrote(__doc__, PAGE, lambda text: page(text, results_file.read(NAME))):
         return
     rows = []
     for name, format in MODELS:

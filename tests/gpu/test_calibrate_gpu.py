@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import calibrated, checkpoints
+from helpers import calibrated, checkpoints, interrupted
 
 from tersor.convert import quantize
 
@@ -16,10 +16,6 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 SIZES = {"hidden_size": 128, "intermediate_size": 256}
 OPTIONS: dict[str, Any] = {**calibrated.OPTIONS, "group_size": 64, "device": "cuda"}
-
-
-class Stopped(Exception):
-    pass
 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
@@ -31,14 +27,8 @@ def test_every_layer_gets_nearer_and_a_resume_has_the_same_bytes(tmp_path: Path,
     log = json.loads((tmp_path / "whole" / "tersor-calibration.json").read_text())
     assert all(line["objective_after"] <= line["objective_before"] for line in log["layers"])
 
-    calls = [0]
-
-    def progress(done: int, total: int, name: str) -> None:
-        calls[0] += 1
-        if calls[0] == (2 if effort == "normal" else 5):
-            raise Stopped
-
-    with pytest.raises(Stopped):
+    progress = interrupted.at_call(2 if effort == "normal" else 5)
+    with pytest.raises(interrupted.Stopped):
         quantize(model, tmp_path / "out", calibration=text, effort=effort, progress=progress, **OPTIONS)
     quantize(model, tmp_path / "out", calibration=text, effort=effort, resume=True, **OPTIONS)
     whole, again = (checkpoints.bytes_of(tmp_path / folder) for folder in ("whole", "out"))

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import calibrated, checkpoints
+from helpers import calibrated, checkpoints, interrupted
 
 from tersor.compress.encode import RECIPES
 from tersor.convert import quantize
@@ -25,10 +25,6 @@ HIGH = {
     "calibration_tokens": 64,
     "transforms": ["rotate", "awq", "tweak-norms"],
 }
-
-
-class Stopped(Exception):
-    pass
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -69,14 +65,8 @@ def written(output: Path) -> dict[str, Any]:
 
 def interrupt(model: Path, text: Path, output: Path, calls: int, **options: Any) -> None:
     """Run until progress was reported so many times."""
-    left = [calls]
-
-    def progress(done: int, total: int, name: str) -> None:
-        left[0] -= 1
-        if not left[0]:
-            raise Stopped
-
-    with pytest.raises(Stopped):
+    progress = interrupted.at_call(calls)
+    with pytest.raises(interrupted.Stopped):
         quantize(model, output, calibration=text, progress=progress, **HIGH, **options)
 
 

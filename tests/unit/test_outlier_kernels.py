@@ -219,8 +219,9 @@ def test_kernels_are_known_by_the_rounds_of_outliers_that_their_slots_have_room_
     slots = sm90.tile_of(config).slots(4, packing.scale_row_bytes, H200)
     assert (config.weight_slots, config.x_slots) != (slots.weights, slots.x) or config.shared_bytes > 0
     for n in (1, 16, 64, 300, 4096):
-        chosen = choose_beside(replace(problem, n=n, scale_groups=0, scale_bytes=0), 1, H200)
-        assert chosen is not None and takes_outliers(chosen, 1, 0, False) and chosen.n_tile <= 128
+        by_rows = replace(problem, n=n, scale_groups=0, scale_bytes=0)
+        chosen = choose_beside(by_rows, 1, H200)
+        assert chosen is not None and takes_outliers(chosen, 1, by_rows) and chosen.n_tile <= 128
 
 
 # In the order of kernels

@@ -10,14 +10,13 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from helpers import checkpoints
+from helpers import checkpoints, interrupted
 
 from tersor.checkpoint import writer
 from tersor.convert import Report, pipeline, quantize
@@ -38,21 +37,9 @@ def whole(model: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Report,
     return quantize(model, output, **OPTIONS), checkpoints.bytes_of(output)
 
 
-class Stopped(Exception):
-    pass
-
-
-def stop_after(share: float) -> Callable[[int, int, str], None]:
-    def progress(done: int, total: int, name: str) -> None:
-        if done > share * total:
-            raise Stopped
-
-    return progress
-
-
 def interrupt(model: Path, output: Path, share: float = 0.5) -> None:
-    with pytest.raises(Stopped):
-        quantize(model, output, **OPTIONS, progress=stop_after(share))
+    with pytest.raises(interrupted.Stopped):
+        quantize(model, output, **OPTIONS, progress=interrupted.after(share))
     assert not output.exists()
 
 
@@ -81,8 +68,8 @@ def test_finished_shards_are_not_read_again(model: Any, whole: tuple[Report, dic
 
 def test_twice_interrupted(model: Any, whole: tuple[Report, dict[str, bytes]], tmp_path: Path) -> None:
     interrupt(model, tmp_path / "out", 0.3)
-    with pytest.raises(Stopped):
-        quantize(model, tmp_path / "out", **OPTIONS, resume=True, progress=stop_after(0.7))
+    with pytest.raises(interrupted.Stopped):
+        quantize(model, tmp_path / "out", **OPTIONS, resume=True, progress=interrupted.after(0.7))
     quantize(model, tmp_path / "out", **OPTIONS, resume=True)
     assert checkpoints.bytes_of(tmp_path / "out") == whole[1]
 
@@ -292,8 +279,8 @@ def test_fused_experts_written_in_small_blocks_and_resumed_have_the_same_bytes(
     options: dict[str, Any] = {"format": "uint4", "shard_size": 12_000}
     quantize(source, tmp_path / "whole", **options)
     monkeypatch.setattr(pipeline, "_CPU_BLOCK_ELEMENTS", 64 * 10)  # rows of two experts in one block
-    with pytest.raises(Stopped):
-        quantize(source, tmp_path / "out", **options, progress=stop_after(0.6))
+    with pytest.raises(interrupted.Stopped):
+        quantize(source, tmp_path / "out", **options, progress=interrupted.after(0.6))
     report = quantize(source, tmp_path / "out", **options, resume=True)
     whole, resumed = (checkpoints.bytes_of(tmp_path / folder) for folder in ("whole", "out"))
     assert whole == resumed and sum(".experts" in row.name or "_linear" in row.name for row in report.compressed) == 4

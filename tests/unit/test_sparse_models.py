@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import checkpoints, decoders, packed_models, pruned
+from helpers import checkpoints, decoders, interrupted, packed_models, pruned
 from helpers.ranks import together
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
@@ -232,15 +232,8 @@ def test_small_blocks_and_an_interruption_give_the_same_bytes(
     monkeypatch.setattr("tersor.convert.pipeline._CPU_BLOCK_ELEMENTS", 500)
     monkeypatch.setattr(survey, "_BLOCK_BYTES", 1000)
 
-    class Stopped(Exception):
-        pass
-
-    def stop(done: int, total: int, name: str) -> None:
-        if done > total / 2:
-            raise Stopped
-
-    with pytest.raises(Stopped):
-        quantize(source, tmp_path / "out", **options, progress=stop)
+    with pytest.raises(interrupted.Stopped):
+        quantize(source, tmp_path / "out", **options, progress=interrupted.after(0.5))
     assert (tmp_path / "out.partial").is_dir()
     quantize(source, tmp_path / "out", **options, resume=True)
     assert checkpoints.bytes_of(tmp_path / "out") == checkpoints.bytes_of(tmp_path / "whole")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import calibrated, checkpoints, decoders, packed_models
+from helpers import calibrated, checkpoints, decoders, interrupted, packed_models
 from helpers.ranks import together
 from helpers.usage import refused_in_one_line
 from transformers import AutoModelForCausalLM
@@ -160,15 +160,8 @@ def test_small_blocks_and_an_interruption_give_the_same_bytes(
 ) -> None:
     monkeypatch.setattr("tersor.convert.pipeline._CPU_BLOCK_ELEMENTS", 500)
 
-    class Stopped(Exception):
-        pass
-
-    def stop(done: int, total: int, name: str) -> None:
-        if done > total / 2:
-            raise Stopped
-
-    with pytest.raises(Stopped):
-        quantize(source, tmp_path / "out", **OPTIONS, shard_size=12_000, progress=stop)
+    with pytest.raises(interrupted.Stopped):
+        quantize(source, tmp_path / "out", **OPTIONS, shard_size=12_000, progress=interrupted.after(0.5))
     with pytest.raises(InputError, match="scale_dtype"):
         quantize(source, tmp_path / "out", **OPTIONS, scale_dtype="float16", shard_size=12_000, resume=True)
     quantize(source, tmp_path / "out", **OPTIONS, shard_size=12_000, resume=True)
@@ -180,19 +173,9 @@ def test_a_calibrated_checkpoint_goes_on_after_an_interruption(tmp_path: Path) -
     text = calibrated.text(tmp_path / "text.txt")
     options = {**calibrated.OPTIONS, "format": "lut3", "group_size": None, "calibration": text}
 
-    class Stopped(Exception):
-        pass
-
-    calls = [4]
-
-    def stop(done: int, total: int, name: str) -> None:
-        calls[0] -= 1
-        if not calls[0]:
-            raise Stopped
-
     report = quantize(model, tmp_path / "whole", **options)
-    with pytest.raises(Stopped):
-        quantize(model, tmp_path / "out", **options, progress=stop)
+    with pytest.raises(interrupted.Stopped):
+        quantize(model, tmp_path / "out", **options, progress=interrupted.at_call(4))
     quantize(model, tmp_path / "out", **options, resume=True)
     stored = packed_models.tensors(tmp_path / "whole")
     assert packed_models.same(packed_models.tensors(tmp_path / "out"), stored)

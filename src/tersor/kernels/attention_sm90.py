@@ -91,7 +91,7 @@ def map_of(kind: Kind, problem: Problem, pages_of_layer: int, page_count: int) -
     if kind.e4m3:
         return bytes(_MAP_BYTES)
     tokens = page_count * 2 * problem.kv_heads * PAGE
-    element = tensor_map.BFLOAT16 if kind.dtype == "bfloat16" else tensor_map.FLOAT16
+    element = tensor_map.element(kind.dtype == "bfloat16")
     return tensor_map.rows(pages_of_layer, tokens, kind.head_dim, kind.head_dim, element, PAGE)
 
 

@@ -151,10 +151,8 @@ def dequantize_source(packing: Packing) -> KernelSource:
 
 @functools.cache
 def epilogue_source(packing: Packing, gate: int = 0) -> KernelSource:
-    """Return the kernel that scales (where there is one scale a row, no table), biases and rounds a float32 product."""
-    scheme = packing.scheme
-    scaled = scheme.group_size is None and not scheme.has_table
-    return finish_source(packing.target, packing.scale_bytes // 4 if scaled else 0, gate)
+    """Return the kernel that scales (`Packing.scales_sums`), biases and rounds a float32 product."""
+    return finish_source(packing.target, packing.scale_bytes // 4 if packing.scales_sums else 0, gate)
 
 
 @functools.cache
@@ -188,12 +186,11 @@ def prepare_fused(
     shared, run = config.shared_bytes, function.launch
     grid, block = (config.row_tiles, config.splits, 1), (_SM80_THREADS, 1, 1)
     cluster, box, maps_rows = None, 0, None
-    element = tensor_map.BFLOAT16 if bf16 else tensor_map.FLOAT16
+    element = tensor_map.element(bf16, config.activations is not Activations.NATIVE)
     if config.schedule == tune.SM90:
         grid, block = (config.ctas, 1, 1), (sm90.tile_of(config).threads, 1, 1)
         cluster = (config.splits, 1, 1) if config.gathered else None
         box, maps_rows = sm90.box_rows(config, n), tensor_map.rows
-        element = element if config.activations is Activations.NATIVE else tensor_map.BYTE
     whole_tiles, splits = config.whole_tiles, config.splits
 
     def launch(

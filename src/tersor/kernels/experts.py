@@ -116,8 +116,7 @@ def prepare(
     else:
         tile = config.tile
         grid, block, may_be_early = (config.ctas, 1, 1), (tile.threads, 1, 1), True
-        element = tensor_map.BFLOAT16 if bf16 else tensor_map.FLOAT16
-        element = element if tile.activations is Activations.NATIVE else tensor_map.BYTE
+        element = tensor_map.element(bf16, tile.bytewise)
         # The copy engine is slow where rows of a box are not there.
         rows, box = (tokens, 1) if gathers else (tokens * top_k + tile.tokens, tile.tokens)
         maps_rows, splits = tensor_map.rows, config.most_splits

@@ -12,7 +12,6 @@ import struct
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
-from tersor.formats import Activations
 from tersor.formats.mix import MOST_LEVELS
 from tersor.hardware import Chip
 from tersor.kernels.jit import Function, KernelSource, tensor_map
@@ -123,8 +122,7 @@ def prepare(function: Function, config: tune.MixedConfig, *, bf16: bool, ic: int
     """
     tile, run = config.tile, function.launch
     grid, block, shared = (config.ctas, 1, 1), (tile.threads, 1, 1), config.shared_bytes
-    element = tensor_map.BFLOAT16 if bf16 else tensor_map.FLOAT16
-    element = element if tile.activations is Activations.NATIVE else tensor_map.BYTE
+    element = tensor_map.element(bf16, tile.bytewise)
     box, maps_rows = sm90.box_of(tile, n), tensor_map.rows
     cluster = (config.splits, 1, 1) if config.splits > 1 else None
     none = (0, config.shares[-1].end, 0, 0)  # of levels that there are not
@@ -198,8 +196,7 @@ def prepare_experts(
     config, run = configs[0], function.launch
     tile, ends = config.tile, [*itertools.accumulate(ctas)]
     grid, block, shared = (ends[-1], 1, 1), (tile.threads, 1, 1), max(own.shared_bytes for own in configs)
-    element = tensor_map.BFLOAT16 if bf16 else tensor_map.FLOAT16
-    element = element if tile.activations is Activations.NATIVE else tensor_map.BYTE
+    element = tensor_map.element(bf16, tile.bytewise)
     given, box = (tokens, 1) if gathers else (tokens * top_k + tile.tokens, tile.tokens)
     maps_rows, splits = tensor_map.rows, config.most_splits
     shares = [*zip(rows, ends, strict=True), *[(0, ends[-1])] * (MOST_LEVELS - len(ends))]

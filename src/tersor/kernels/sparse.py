@@ -144,7 +144,7 @@ def prepare_sparse(
     """
     run, maps_rows = function.launch, tensor_map.rows
     grid, block, shared = (config.ctas, 1, 1), (config.tile.threads, 1, 1), config.tile.shared_bytes
-    element = tensor_map.BYTE if config.tile.bytewise else tensor_map.BFLOAT16 if bf16 else tensor_map.FLOAT16
+    element = tensor_map.element(bf16, config.tile.bytewise)
     ctas, share, ahead = config.place_ctas, config.tile.share(n), PLACE_BYTES * places
 
     def launch(

@@ -71,6 +71,11 @@ class Packing:
         factor = math.ldexp(1.0, group.exponent)
         return Packing(scheme, target, group, in_block, scale_bytes, in_block * scale_bytes, factor)
 
+    @property
+    def scales_sums(self) -> bool:
+        """Whether a row has one scale, by which its sums are multiplied: not scales in groups, nor a table."""
+        return self.scheme.group_size is None and not self.scheme.has_table
+
     @staticmethod
     def beside(activations: Activations, dtype: torch.dtype, scheme: Scheme) -> Packing:
         """Return the packing of a scheme for activations that come in `dtype`.

@@ -82,7 +82,7 @@ def input_grad(grad: torch.Tensor, data: torch.Tensor, scale: torch.Tensor, of: 
     """
     assert of.packing is not None
     slices = _slices(data, scale, of, grad.dtype)
-    if of.packing.scales_in_block or of.scheme.has_table:
+    if not of.packing.scales_sums:
         return added_up(grad, slices)
     row_scales = scale.view(torch.float32).view(-1, of.packing.scale_bytes // 4)[: of.oc, :1] * of.factor
     # In float32, rounded once.

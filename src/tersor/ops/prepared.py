@@ -163,12 +163,12 @@ class WeightType:
     ) -> tune.LinearConfig | None:
         """Return how a kernel that adds outliers runs; `None` where there is none."""
         assert self.packing is not None
+        problem = tune.LinearProblem.of(self.packing, (self.oc, self.ic), n)
         if wanted is not None:
-            crowded = (rounds, self.packing.scales_in_block, self.packing.scheme.has_table)
-            return wanted if tune.takes_outliers(wanted, *crowded) else None
+            return wanted if tune.takes_outliers(wanted, rounds, problem) else None
         chip = dispatch.kernel_chip(device)
         assert chip is not None
-        return tune.choose_beside(tune.LinearProblem.of(self.packing, (self.oc, self.ic), n), rounds, chip)
+        return tune.choose_beside(problem, rounds, chip)
 
     def _add_launches(
         self,

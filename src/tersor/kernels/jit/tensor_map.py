@@ -14,6 +14,11 @@ BYTE, FLOAT16, BFLOAT16 = 0, 6, 9
 """Element types: values of CUtensorMapDataType (UINT8, FLOAT16, BFLOAT16)."""
 
 
+def element(bf16: bool, bytewise: bool = False) -> int:
+    """Return the element type of activations: bytes, or 16-bit floats of one kind or the other."""
+    return BYTE if bytewise else BFLOAT16 if bf16 else FLOAT16
+
+
 @functools.lru_cache(maxsize=4096)
 def rows(address: int, rows: int, columns: int, stride: int, element: int, box_rows: int) -> bytes:
     """Return the map of a matrix, read in boxes of `box_rows` x 128 bytes under a 128-byte swizzle.

@@ -59,16 +59,17 @@ def choose_normed(problem: LinearProblem, chip: Chip) -> LinearConfig | None:
     return min(options, key=lambda config: schedules.seconds(problem, config, chip), default=None)
 
 
-def takes_outliers(config: LinearConfig, rounds: int, scale_groups: int, tables: bool) -> bool:
+def takes_outliers(config: LinearConfig, rounds: int, problem: LinearProblem) -> bool:
     """Tell whether the kernel of a configuration may add outliers.
 
     Args:
         config: how it runs.
         rounds: of outliers that a block has room for in a slot (`layouts.outliers`).
-        scale_groups: scales of one row in a block.
-        tables: whether a row has a table.
+        problem: of the dense part.
     """
-    return config.schedule == SM90 and tile_takes_outliers(sm90.tile_of(config), rounds, scale_groups, tables)
+    if config.schedule != SM90:
+        return False
+    return tile_takes_outliers(sm90.tile_of(config), rounds, problem.scale_groups, problem.tables)
 
 
 def tile_takes_outliers(tile: sm90.Tile, rounds: int, scale_groups: int, tables: bool) -> bool:
@@ -97,11 +98,10 @@ def choose_beside(problem: LinearProblem, rounds: int, chip: Chip) -> LinearConf
     """
     wider = replace(problem, n=filled(problem.n), scale_bytes=problem.scale_bytes + ROUND_ROW_BYTES * rounds)
     usual = choose(wider, chip)
-    if takes_outliers(usual, rounds, problem.scale_groups, problem.tables):
+    if takes_outliers(usual, rounds, problem):
         return usual
     candidates = sm90.candidates(wider, chip)
-    crowded = (rounds, problem.scale_groups, problem.tables)
-    options = [config for config in candidates if takes_outliers(config, *crowded)]
+    options = [config for config in candidates if takes_outliers(config, rounds, problem)]
     return min(options, key=lambda config: schedules.seconds(wider, config, chip), default=None)
 
 
