@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.multiplied import multiplied
 
 from tersor import formats, hardware, ops
 from tersor.compress import quantize_rtn
 from tersor.formats import Activations
 from tersor.kernels import dense, jit, quantizing
 from tersor.kernels.tune import sm90
-from tersor.layouts import PackedWeight, StackedWeight
+from tersor.layouts import PackedWeight, StackedWeight, ratios
 from tersor.ops import current, dispatch
 from tersor.ops.norm import TARGETS
 
@@ -23,7 +24,7 @@ REPEATS = 60
 INT8, IN_GROUPS = Activations.INT8, Activations.INT8_GROUPS
 IN_PIECES = sm90.Tile(256, 2, 1, 1, 1, IN_GROUPS)
 ROWS = ("int8", "int4", "int3", "int7", "uint4", "uint7", "uint5", "uint1")
-GROUPS = (("int8", 128), ("uint4", 128), ("uint4", 64), ("int4", 32), ("uint7", 32), ("uint3", 256))
+GROUPS = (("int8", 128), ("uint4", 128), ("uint4", 64), ("int4", 32), ("uint5", 160), ("uint7", 32), ("uint3", 256))
 
 
 def packed(
@@ -38,6 +39,9 @@ def packed(
 
 def whole(stored: PackedWeight) -> tuple[torch.Tensor, torch.Tensor]:
     """The whole numbers [OC, IC], int64 on a CPU, and scales [OC, 1], float32, that a weight stands for."""
+    if ratios.applies(stored.scheme):
+        made, row_scale = ratios.whole_numbers(stored.codes(), *stored.stored_scales(), stored.scheme)
+        return made.long().cpu(), row_scale
     (scale, zero_point), numbers = stored.stored_scales(), stored.scheme.format.decode(stored.codes())
     if zero_point is not None:
         numbers = numbers - zero_point.float()
@@ -45,7 +49,7 @@ def whole(stored: PackedWeight) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def exact_rows(x: torch.Tensor, stored: PackedWeight) -> torch.Tensor:
-    """What a product with one scale a row is, bit for bit: the whole sum, scaled twice in float32, rounded."""
+    """What a product with one scale a row, or ratios to one, is, bit for bit: the whole sum, scaled twice, rounded."""
     codes, scale = INT8.quantize(x.float().cpu())
     numbers, row_scale = whole(stored)
     sums = codes.long() @ numbers.T
@@ -61,7 +65,7 @@ def check_groups(
 ) -> None:
     """Compare with a float64 product of the same quantised numbers: sums of groups are float32."""
     codes, scale = activations.quantize(x.float().cpu())
-    quantised, values = activations.dequantize(codes, scale.double()).cuda(), stored.dequantize(torch.float64)
+    quantised, values = activations.dequantize(codes, scale.double()).cuda(), multiplied(stored, activations)
     exact = quantised @ values.T
     allowed = 2.0**-20 * (quantised.abs() @ values.abs().T)
     if bias is not None:
@@ -96,6 +100,8 @@ def test_products_with_scales_in_groups(
     for n in (1, 7, 16, 17, 33, 65, 129, 300, 1027):
         x = torch.randn(n, 1280, device="cuda").to(dtype) * torch.logspace(-2, 2, 1280, device="cuda").to(dtype)
         check_groups(x, ops.linear(x, weight, bias), stored, bias, activations)
+        if activations is INT8 and ratios.applies(stored.scheme):
+            assert torch.equal(ops.linear(x, weight), exact_rows(x, stored)), n
 
 
 def test_the_largest_sums_do_not_wrap() -> None:
@@ -125,7 +131,7 @@ def test_odd_sizes_and_strides() -> None:
 @pytest.mark.parametrize("tile", dict.fromkeys((*sm90.tiles(0, INT8), *sm90.tiles(0, IN_GROUPS), IN_PIECES)), ids=str)
 def test_every_tile_in_turn_and_in_parts(tile: sm90.Tile, name: str, group_size: int | None) -> None:
     """A few CTAs that take several items each, split tiles among them; whole sums do not depend on that."""
-    if group_size is not None and not (tile.grouped or tile.in_pieces):
+    if group_size is not None and tile.activations is not INT8 and not (tile.grouped or tile.in_pieces):
         pytest.skip("scales in groups need a second set of sums")
     chip = hardware.of_device(0)
     oc, ic, n = 700, 1152, 3 * tile.tokens - 5
@@ -137,7 +143,7 @@ def test_every_tile_in_turn_and_in_parts(tile: sm90.Tile, name: str, group_size:
         with ops.using(config=config):
             first = ops.linear(x, weight)
             others = [ops.linear(x, weight) for _ in range(REPEATS)]
-        if group_size is None and tile.activations is INT8:
+        if tile.activations is INT8:
             assert torch.equal(first, exact_rows(x, stored)), config
         else:
             check_groups(x, first, stored, None, tile.activations)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.mixes import IC, levels, matrix, mixed
+from helpers.multiplied import multiplied
 
 from tersor import formats, hardware, ops
 from tersor.formats import Activations, Assignment, Mix, get_scheme
@@ -159,7 +160,7 @@ def test_every_way_to_deal_out_tiles_gives_the_product(
         mix = Mix(mix.levels[:3])  # int8 is not a float of 8 bits
     oc, ic, chip = 777, 1152 if mix in (INTEGERS, ON_FP8) else 1088, hardware.of_device(0)
     plain = mixed(wide(oc, ic), shares(oc, mix, *percents))
-    weight, decoded = ready(plain, dtype, activations), plain.dequantize().double().cuda()
+    weight, decoded = ready(plain, dtype, activations), multiplied(plain, activations).cuda()
     layout = mixed_launch.layout_of(weight)
     bias = rows(oc, dtype=dtype)
     packings, problem = mixed_launch.problem_of(weight, layout, 1)
@@ -199,7 +200,7 @@ def test_gate_up_bias_and_residual_meet_in_their_features(ordered: bool, gate: G
     form = Assignment(form.mix, bytes(sorted(form.level))) if ordered else form
     gate_up = [mixed(wide(channels, ic, seed), form) for seed in (1, 2)]
     both = ready(MixedWeight.gate_up(*gate_up), dtype, activations)
-    decoded = [one.dequantize().double().cuda() for one in gate_up]
+    decoded = [multiplied(one, activations).cuda() for one in gate_up]
     halves = [rows(channels, dtype=dtype, seed=seed) for seed in (3, 4)]
     bias = interleave(*halves)
     for tokens in (1, 17, 40, 96, 300):

@@ -12,7 +12,7 @@ from tersor import ops
 from tersor.compress import quantize_rtn
 from tersor.errors import FormatError, ShapeError, UnsupportedError
 from tersor.formats import Activations, get_scheme, scale_values
-from tersor.layouts import PackedWeight
+from tersor.layouts import PackedWeight, ratios
 from tersor.ops import dispatch
 
 gpu = pretended("NVIDIA H200")
@@ -70,7 +70,7 @@ def test_scales_of_groups_meet_weights_with_and_without_groups(name: str, group_
 
 @pytest.mark.parametrize(
     ("name", "group_size"),
-    [("int8", None), ("int4", None), ("uint4", None), ("uint4", 32), ("int8", 96)],
+    [("int8", None), ("int4", None), ("uint4", None), ("uint6", 32), ("int8", 96)],
 )
 def test_the_layout_says_that_activations_are_whole_numbers(name: str, group_size: int | None) -> None:
     """The product is that of int64, group by group, times scales."""
@@ -91,6 +91,37 @@ def test_the_layout_says_that_activations_are_whole_numbers(name: str, group_siz
     assert not torch.allclose(y, ops.linear(x, weight, bias), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("name", "group_size"), [("uint4", 32), ("int4", 96), ("uint5", 32), ("int3", 96), ("uint1", 32)]
+)
+def test_codes_in_groups_become_whole_numbers_of_their_row(name: str, group_size: int) -> None:
+    """By whole ratios of their scales, so that a row's sum is whole; a weight is off by half a 127th of the largest."""
+    weight = packed(name, group_size=group_size)
+    numbers, row_scale = ratios.whole_numbers(weight.codes(), *weight.stored_scales(), weight.scheme)
+    assert numbers.abs().max() <= 127 and torch.equal(numbers, numbers.round())
+    codes_off = 2.0**weight.scheme.format.bits * 0.5 / 256  # what a ratio is rounded by, for the furthest code
+    off = (numbers * row_scale - weight.dequantize()).abs() / row_scale
+    assert 0.25 < off.max() <= 0.5 + codes_off + 1e-3
+    x, bias = torch.randn(7, 96, generator=torch.Generator().manual_seed(1)), torch.arange(24.0)
+    codes, scale = INT8.quantize(x)
+    exact = (codes.long() @ numbers.long().T).float() * scale
+    placed = weight.to_layout(dispatch.INT8_LAYOUT)
+    assert torch.equal(ops.linear(x, placed), exact * row_scale.T)
+    biased = ((exact.double() * row_scale.T.double()) + bias.double()).float()
+    assert torch.equal(ops.linear(x, placed, bias), biased)
+    assert torch.equal(placed.dequantize(), weight.dequantize()), "the weight itself is what it was"
+
+
+def test_a_row_of_zeros_and_one_beyond_float16_have_whole_numbers() -> None:
+    scheme = get_scheme("int4", 32)
+    weight = PackedWeight.from_encoded(quantize_rtn(torch.cat((torch.zeros(1, 64), torch.ones(1, 64))), scheme))
+    numbers, row_scale = ratios.whole_numbers(weight.codes(), *weight.stored_scales(), scheme)
+    assert numbers[0].tolist() == [0.0] * 64 and (numbers[1] * row_scale[1] - 1).abs().max() < 0.01
+    scale, _ = weight.stored_scales()
+    endless = replaced(weight, scale=torch.full_like(scale, torch.inf))
+    assert ops.linear(torch.ones(1, 64), endless.to_layout(dispatch.INT8_LAYOUT)).isnan().all()
+
+
 def test_weights_that_do_not_fit_int8_are_refused() -> None:
     with pytest.raises(UnsupportedError, match="uint8 less its zero point does not fit int8"):
         ops.preferred_layout(get_scheme("uint8"), torch.float16, torch.device("cpu"), "int8")
@@ -107,6 +138,10 @@ def test_more_channels_than_whole_sums_may_have_are_refused_by_the_kernels(gpu: 
     assert ops.explain(get_scheme("int8"), 64, most, 5, activations="int8").kernel == dispatch.FUSED
     reason = ops.explain(get_scheme("int8"), 64, most + 8, 5, activations="int8")
     assert reason.kernel == dispatch.REFERENCE and "32 bits do not hold the sums" in reason.why
+    by_ratios = ops.explain(get_scheme("uint4", 128), 64, most + 128, 5, activations="int8")
+    assert by_ratios.kernel == dispatch.REFERENCE and by_ratios.why == reason.why.replace(
+        str(most + 8), str(most + 128)
+    )
     in_groups = ops.explain(get_scheme("int8", 128), 64, most + 128, 5, activations="int8")
     assert in_groups.kernel == dispatch.FUSED and "quantised to int8" in in_groups.why
 

@@ -16,7 +16,7 @@ from tersor.hardware import CHIPS
 from tersor.kernels import dense
 from tersor.kernels.tune import sm90
 from tersor.kernels.tune import tile as tiles
-from tersor.layouts import PackedWeight
+from tersor.layouts import PackedWeight, ratios
 from tersor.layouts.packing import BYTEWISE
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
@@ -31,12 +31,14 @@ extern "C" void run(
     emulated::open.assign(kConsumers, {});
     emulated::arrivals.assign(emulated::kWeightBarriers, 0);
     emulated::x_slot_bytes = kXSlotBytes;
+    const unsigned char* block_scales = scale + (scales::kRatios ? kRowGroups * kRowTermBytes : 0);
     for (int block = 0; block < count; ++block) {
         unsigned char* own = slots + kWeightsAt + (use + block) % kWeightSlots * kWeightSlotBytes;
         for (int group = 0; group < kRowGroups; ++group) {
             const int unit = group * count + block;
             memcpy(own + group * tile::kUnitBytes, weight + unit * tile::kUnitBytes, tile::kUnitBytes);
-            memcpy(own + kRowGroups * tile::kUnitBytes + group * kScaleBytes, scale + unit * kScaleBytes, kScaleBytes);
+            unsigned char* own_scales = own + kRowGroups * tile::kUnitBytes + group * kScaleBytes;
+            memcpy(own_scales, block_scales + unit * kScaleBytes, kScaleBytes);
         }
         memcpy(slots + kXScalesAt + (use + block) % kXSlots * kXScaleBytes, x_scale + block * kTokens, kXScaleBytes);
         for (int i = 0; i < kTokens * 128; ++i) {
@@ -101,7 +103,11 @@ def sums_of(
     [
         (Activations.INT8, "int8", None, (16, 1, 2), 3, 10),  # two buffers in turn, an odd block more
         (Activations.INT8, "uint5", None, (144, 2, 1), 2, 1),  # one buffer, zero points by rows
-        (Activations.INT8, "uint4", 128, (16, 2, 1), 2, 0),
+        (Activations.INT8, "uint4", 128, (16, 2, 1), 2, 0),  # whole rows by ratios
+        (Activations.INT8, "int4", 32, (32, 1, 2), 3, 5),
+        (Activations.INT8, "uint5", 64, (144, 2, 1), 2, 1),
+        (Activations.INT8, "uint4", 128, (256, 2, 1), 3, 4),
+        (Activations.INT8, "uint6", 128, (16, 2, 1), 2, 0),  # sums of groups
         (Activations.INT8, "int7", 32, (32, 1, 2), 2, 5),
         (Activations.INT8_GROUPS, "int8", None, (16, 1, 2), 3, 10),
         (Activations.INT8_GROUPS, "uint5", None, (16, 2, 1), 2, 0),
@@ -109,7 +115,7 @@ def sums_of(
         (Activations.E4M3, "int5", None, (16, 1, 2), 5, 3),  # sums settle after four blocks
         (Activations.E4M3, "uint3", None, (144, 2, 1), 2, 1),
         (Activations.E4M3, "uint4", 64, (16, 2, 1), 2, 0),
-        (Activations.INT8, "uint4", 128, (256, 2, 1), 3, 4),  # pieces of the tokens
+        (Activations.INT8, "uint6", 128, (256, 2, 1), 3, 4),  # pieces of the tokens
         (Activations.INT8, "int8", 128, (192, 2, 1), 1, 0),
         (Activations.INT8_GROUPS, "int8", None, (256, 2, 1), 2, 7),
         (Activations.INT8_GROUPS, "uint6", 128, (256, 2, 1), 2, 1),
@@ -134,13 +140,18 @@ def test_sums_are_those_of_whole_numbers(
     x_scale = torch.rand(blocks, tile.tokens, generator=generator)
     found = sums_of(weight, x, x_scale, tile, use, tmp_path)
     (scale, zero_point), groups = weight.stored_scales(), weight.scheme.groups(ic)
-    numbers = weight.scheme.format.decode(weight.codes()).view(tile.rows, groups, -1)
-    if zero_point is not None:
-        numbers = numbers - zero_point.float()[:, :, None]
-    if activations.group_size is None and group_size is None:
-        assert torch.equal(found, (numbers[:, 0].long() @ x.long().T).float())
+    by_ratios = activations is Activations.INT8 and ratios.applies(weight.scheme)
+    if by_ratios:
+        numbers, _ = ratios.whole_numbers(weight.codes(), scale, zero_point, weight.scheme)
+        numbers = numbers.view(tile.rows, groups, -1)
+    else:
+        numbers = weight.scheme.format.decode(weight.codes()).view(tile.rows, groups, -1)
+        if zero_point is not None:
+            numbers = numbers - zero_point.float()[:, :, None]
+    if activations.group_size is None and (group_size is None or by_ratios):
+        assert torch.equal(found, (numbers.view(tile.rows, ic).long() @ x.long().T).float())
         return
-    scales = 1 if group_size is None else scale_values(scale, weight.scheme).double()[:, :, None]
+    scales = 1 if group_size is None or by_ratios else scale_values(scale, weight.scheme).double()[:, :, None]
     values = (numbers.double() * scales).view(tile.rows, ic)
     scaled = x.double() if activations.group_size is None else activations.dequantize(x, x_scale.T.double())
     expected = values @ scaled.T
@@ -152,7 +163,7 @@ def test_sums_are_the_same_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyP
     generator, ic = torch.Generator().manual_seed(1), 256
     tile = sm90.Tile(128, 2, 1, 1, 1, Activations.INT8)
     weight = PackedWeight.from_encoded(
-        quantize_rtn(torch.randn(128, ic, generator=generator) + 0.3, get_scheme("uint4", 128))
+        quantize_rtn(torch.randn(128, ic, generator=generator) + 0.3, get_scheme("uint6", 128))
     )
     x = torch.randint(-127, 128, (128, ic), generator=generator).to(torch.int8)
     found = []

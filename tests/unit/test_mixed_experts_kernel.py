@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers.emulated import COMPILER, Emulated, tensor_map
 from helpers.mixes import pack
+from helpers.multiplied import multiplied
 
 from tersor.formats import Activations, Assignment, Mix, get_scheme
 from tersor.formats.mix import MOST_LEVELS
@@ -157,13 +158,14 @@ def test_results_of_every_pair_stand_in_the_columns_of_their_features(
     tile: sm90.Tile, mix: Mix, ctas: tuple[int, ...], ordered: bool, folder: Path
 ) -> None:
     """Tiles are taken in turn; a level has few CTAs or many."""
-    weight = StackedMixedWeight.stack([expert(levels(233, mix, ordered), number) for number in range(EXPERTS)])
+    parts = [expert(levels(233, mix, ordered), number) for number in range(EXPERTS)]
+    weight, decoded = StackedMixedWeight.stack(parts), torch.stack([multiplied(one, tile.activations) for one in parts])
     x = torch.randn(len(INDEX), IC, generator=torch.Generator().manual_seed(1)).half()
     bias = torch.randn(EXPERTS, 233, generator=torch.Generator().manual_seed(2)).half()
     places, experts = known_pairs(tile)
     for count in ctas:
         y, read, _ = product(weight, tile, x, count, folder, bias=bias)
-        wanted = exact(read, weight.dequantize(), tile) + bias[experts[places]].double()
+        wanted = exact(read, decoded, tile) + bias[experts[places]].double()
         torch.testing.assert_close(y[places].double(), wanted, rtol=1e-3, atol=4e-3)
 
 

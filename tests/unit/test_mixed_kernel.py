@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers.emulated import COMPILER, Emulated, tensor_map
 from helpers.mixes import mixed
+from helpers.multiplied import multiplied
 
 from tersor.formats import Activations, Assignment, Mix, get_scheme
 from tersor.formats.mix import MOST_LEVELS
@@ -139,7 +140,7 @@ def test_scales_of_tokens_come_with_their_blocks(activations: Activations, folde
     x = torch.randn(n, IC, generator=torch.Generator().manual_seed(n)).half()
     x *= torch.logspace(-2, 0, n)[:, None] * torch.logspace(-1, 1, IC)
     read = activations.dequantize(*activations.quantize(x.float())).double()
-    exact = read @ plain.dequantize().double().T
+    exact = read @ multiplied(plain, activations).T
     for ctas in (3, 7):
         y, _ = launched(x, ctas)
         torch.testing.assert_close(y.double(), exact, rtol=1e-3, atol=1e-3)
@@ -147,16 +148,17 @@ def test_scales_of_tokens_come_with_their_blocks(activations: Activations, folde
 
 @pytest.mark.parametrize("activations", [Activations.INT8, Activations.INT8_GROUPS])
 def test_many_tokens_are_multiplied_in_pieces(activations: Activations, folder: Path) -> None:
-    """In several items one behind the other, and a level beside that has no groups."""
-    rows, n, ic = 160, 130, 384
-    form = Assignment(Mix((get_scheme("uint4", 128), get_scheme("int8"))), bytes(int(i % 5 == 0) for i in range(rows)))
+    """In several items one behind the other, and levels beside that have no groups, or ratios in place of them."""
+    rows, n, ic = 224, 130, 384
+    mix = Mix((get_scheme("uint6", 128), get_scheme("int8"), get_scheme("uint4", 128)))
+    form = Assignment(mix, bytes((0, 0, 1, 0, 2)[i % 5] for i in range(rows)))
     generator = torch.Generator().manual_seed(4)
     plain = mixed(torch.randn(rows, ic, generator=generator) + 0.2, form)
     launched = Launched(plain, sm90.Tile(256, 2, 1, 1, 1, activations), None, folder)
     x = torch.randn(n, ic, generator=generator).half()
     read = activations.dequantize(*activations.quantize(x.float())).double()
     y, _ = launched(x, 3)
-    torch.testing.assert_close(y.double(), read @ plain.dequantize().double().T, rtol=1e-3, atol=2e-3)
+    torch.testing.assert_close(y.double(), read @ multiplied(plain, activations).T, rtol=1e-3, atol=2e-3)
 
 
 def test_gate_and_up_of_a_row_set_become_the_channels_of_their_features(folder: Path) -> None:

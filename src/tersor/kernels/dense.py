@@ -370,6 +370,6 @@ def _sm90_sources(
     packing: Packing, result: str, activations: Activations, chip: Chip, gate: int
 ) -> Iterator[KernelSource]:
     bits, row_bytes = packing.scheme.format.bits, packing.scale_row_bytes
-    for tile in sm90.tiles(packing.scales_in_block, activations):
+    for tile in sm90.tiles(packing.sums_in_block, activations):
         slots, shared_bytes = tile.slots(bits, row_bytes, chip), tile.shared_bytes(bits, row_bytes, chip)
         yield sm90_source(packing, result, tile, slots, shared_bytes, gate)

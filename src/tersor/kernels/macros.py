@@ -74,7 +74,7 @@ def sm90_macros(
 
 def _one_scale(packing: Packing, activations: Activations) -> bool:
     """Whether sums of a block are scaled as a whole: a row, a token or both have one scale there."""
-    return packing.scales_in_block == 1 or (packing.scales_in_block == 0 and activations.group_size is not None)
+    return packing.sums_in_block == 1 or (packing.sums_in_block == 0 and activations.group_size is not None)
 
 
 def quantized_macros(activations: Activations) -> dict[str, int | bool | str]:

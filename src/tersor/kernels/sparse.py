@@ -98,6 +98,7 @@ def _parameters(packing: SparsePacking, tile: SparseTile, gate: int, result: str
         "SCALE_GROUPS": 0,
         "SCALE_TYPE": 0,
         "ZERO_POINTS": False,
+        "RATIOS": False,
         "BF16": result == "bfloat16",
         "BYTES": packing.bytewise,
         "BYTE_WEIGHT": 4,

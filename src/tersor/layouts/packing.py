@@ -14,7 +14,7 @@ import torch
 
 from tersor.errors import FormatError
 from tersor.formats import SCALE_DTYPES, Activations, Scheme
-from tersor.layouts import decode_groups
+from tersor.layouts import decode_groups, ratios
 from tersor.layouts.blocks import BLOCK_IC, ic_blocks, oc_blocks
 from tersor.layouts.decode_groups import DecodeGroup
 
@@ -37,6 +37,8 @@ class Packing:
         scale_bytes: bytes that one scale takes in tiles, its zero point included; of tables those of a row.
         scale_row_bytes: bytes that the scales of a row take in a block; 0 for one scale, or table, a row, which lies
             elsewhere.
+        by_ratios: whether codes in groups are decoded to int8 of the whole row (`ratios`), whose terms lie ahead of the
+            scales of all blocks.
         factor: what sums of decoded codes are multiplied by, beside the scales.
     """
 
@@ -46,6 +48,7 @@ class Packing:
     scales_in_block: int
     scale_bytes: int
     scale_row_bytes: int
+    by_ratios: bool
     factor: float
 
     @staticmethod
@@ -68,8 +71,14 @@ class Packing:
             scale_bytes = 4 + 2 * zero_bytes  # float32, then a pair of equal 16-bit floats
         else:
             scale_bytes = SCALE_DTYPES[scheme.scale_dtype].itemsize + zero_bytes
-        factor = math.ldexp(1.0, group.exponent)
-        return Packing(scheme, target, group, in_block, scale_bytes, in_block * scale_bytes, factor)
+        by_ratios = target == decode_groups.INT8 and ratios.applies(scheme)
+        factor = 1.0 if by_ratios else math.ldexp(1.0, group.exponent)
+        return Packing(scheme, target, group, in_block, scale_bytes, in_block * scale_bytes, by_ratios, factor)
+
+    @property
+    def sums_in_block(self) -> int:
+        """Sums of a block that are scaled apart, of one row: as many as it has scales, none where those make ratios."""
+        return 0 if self.by_ratios else self.scales_in_block
 
     @property
     def scales_sums(self) -> bool:
@@ -119,6 +128,7 @@ class Packing:
             "SCALE_GROUPS": in_groups,
             "SCALE_TYPE": SCALE_TYPES[self.scheme.scale_dtype] if in_groups else 0,
             "ZERO_POINTS": self.scheme.has_zero_point,
+            "RATIOS": self.by_ratios,
         }
 
 

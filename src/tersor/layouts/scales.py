@@ -3,8 +3,9 @@
 One scale a row is a float32, read once; with a zero point a pair of 16-bit floats follows it. A table of eight 16-bit
 floats is 16 bytes of its row: the lower bytes of all, then the upper ones. Scales in groups keep
 their stored dtype: for every block of 16 rows by 128 channels, [S, 16] scales, then [S, 16] 16-bit floats where there
-are zero points; blocks stand in the order of the tiles. What stands for a zero point is the number that decoding adds
-to a code (`lanes.zero_constants`).
+are zero points; blocks stand in the order of the tiles. Where codes become int8 of the whole row (`ratios`), the two
+float32 that this takes of every row stand ahead of all blocks. What stands for a zero point is the number that decoding
+adds to a code (`lanes.zero_constants`).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import torch
 
 from tersor.formats import SCALE_DTYPES, scale_values, store_scales
-from tersor.layouts import decode_groups
+from tersor.layouts import decode_groups, ratios
 from tersor.layouts.blocks import BLOCK_IC, BLOCK_OC, UNIT_OC, ic_blocks, oc_blocks
 from tersor.layouts.packing import Packing, scales_in_block
 
@@ -48,7 +49,11 @@ def pack(scale: torch.Tensor, zero_point: torch.Tensor | None, packing: Packing,
     parts = [_blocks(scale, scheme.group_size, ic)]
     if constants is not None:
         parts.append(_blocks(constants, scheme.group_size, ic))
-    return torch.cat(parts, dim=1).reshape(-1)
+    blocks = torch.cat(parts, dim=1).reshape(-1)
+    if not packing.by_ratios:
+        return blocks
+    rows = _pad_rows(ratios.row_terms(scale, zero_point, scheme))
+    return torch.cat((rows.view(torch.uint8).reshape(-1), blocks))
 
 
 def unpack(packed: torch.Tensor, packing: Packing, shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -66,11 +71,19 @@ def unpack(packed: torch.Tensor, packing: Packing, shape: tuple[int, int]) -> tu
             constants = rows[:, 4:6].contiguous().view(torch.int16)
     else:
         block = BLOCK_OC * packing.scales_in_block
+        if packing.by_ratios:
+            packed = split(packed, oc)[1]
         blocks = packed.view(-1, block * packing.scale_bytes)
         scale = _from_blocks(blocks[:, : block * dtype.itemsize], dtype, scheme.group_size, shape)
         if scheme.has_zero_point:
             constants = _from_blocks(blocks[:, block * dtype.itemsize :], torch.int16, scheme.group_size, shape)
     return scale, None if constants is None else decode_groups.zero_points(constants, scheme.format, packing.target)
+
+
+def split(packed: torch.Tensor, oc: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what `pack` made for a packing by ratios in two: terms of rows, and scales of blocks."""
+    terms = oc_blocks(oc) * BLOCK_OC * ratios.TERM_BYTES
+    return packed[:terms], packed[terms:]
 
 
 def _pad_rows(values: torch.Tensor) -> torch.Tensor:

@@ -129,7 +129,8 @@ class PackedWeight(PackedTensors, Noted):
         return _split(self, lambda tensor: tensor.split(list(sizes)))
 
     def rows(self, first: int, last: int) -> PackedWeight:
-        """Return rows first .. last - 1 as a weight that shares memory with this one, in the same layout.
+        """Return rows first .. last - 1 as a weight in the same layout that shares memory with this one, but for
+        scales that lie in two places (`Packing.by_ratios`).
 
         Raises:
             ShapeError: in a kernel layout, where it does not start and end with a unit of rows (or the last row).
@@ -146,7 +147,11 @@ class PackedWeight(PackedTensors, Noted):
         zero_point = None if self.zero_point is None else part(self.zero_point)
         kept = None if self.outliers is None else self.outliers[first:last]
         shape = (last - first, self.shape[1])
-        found = PackedWeight(self.scheme, shape, part(self.data), part(self.scale), zero_point, self.layout, kept)
+        if self.layout != STREAM and self.packing.by_ratios:
+            scale = torch.cat([part(each) for each in scales.split(self.scale, self.shape[0])])
+        else:
+            scale = part(self.scale)
+        found = PackedWeight(self.scheme, shape, part(self.data), scale, zero_point, self.layout, kept)
         return found if self.arranged is None else found._arranged()
 
     def cut(self, part: Part) -> PackedWeight:

@@ -272,7 +272,8 @@ def _decide_bytewise(
 
 def overflow_reason(scheme: Scheme, layout: str, ic: int) -> str:
     """Return why sums over so many input channels may not fit where kernels have them, or an empty string."""
-    if layout != INT8_LAYOUT or scheme.group_size is not None or ic <= MOST_WHOLE_CHANNELS:
+    whole = layout == INT8_LAYOUT and Packing.of(scheme, LAYOUTS[layout]).sums_in_block == 0
+    if not whole or ic <= MOST_WHOLE_CHANNELS:
         return ""
     return f"32 bits do not hold the sums of int8 products over more than {MOST_WHOLE_CHANNELS} input channels: {ic}"
 

@@ -1,6 +1,7 @@
 """The definition of a packed linear: decode a block of rows, multiply in float32, apply the next block.
 
-Beside int8 activations, sums of a row with one scale are exact: whole numbers, of which a float32 is made once.
+Beside int8 activations, sums of a row with one scale are exact: whole numbers, of which a float32 is made once. So are
+those of codes in groups that kernels decode to such rows (`layouts.ratios`).
 
 It serves every scheme on every device, and is what the kernels are tested against. Memory beyond the operands is
 bounded by one block of decoded weights and the float32 activations.
@@ -13,7 +14,7 @@ from collections.abc import Callable
 import torch
 
 from tersor.formats import Activations, scale_values
-from tersor.layouts import STREAM, PackedWeight
+from tersor.layouts import STREAM, PackedWeight, ratios
 from tersor.layouts.blocks import UNIT_OC
 from tersor.layouts.gated import HALF, gated_channels
 from tersor.layouts.packing import activations_of
@@ -76,7 +77,7 @@ def of_codes(
     if activations.group_size is not None:
         wide = activations.dequantize(codes, token_scale)
         return _blocks(wide, None, dtype, weight, bias, residual, gate, one_by_one)
-    whole = codes.dtype == torch.int8 and weight.scheme.group_size is None
+    whole = codes.dtype == torch.int8 and (weight.scheme.group_size is None or weight.packing.by_ratios)
     return _blocks(codes.to(torch.float32), token_scale, dtype, weight, bias, residual, gate, one_by_one, whole)
 
 
@@ -152,16 +153,20 @@ def _whole_product(
     Args:
         codes: whole numbers of at most 127, float32 [N, IC].
         token_scale: float32 [N, 1].
-        weight: some rows with one scale each, in the stored stream.
+        weight: some rows, in the stored stream, with one scale each or with scales in groups that ratios are made of.
         bias: of those rows, or `None`.
     """
-    (scale, zero_point), numbers = weight.stored_scales(), weight.scheme.format.decode(weight.codes())
-    if zero_point is not None:
-        numbers = numbers - zero_point.to(torch.float32)
+    scale, zero_point = weight.stored_scales()
+    if weight.scheme.group_size is not None:
+        numbers, row_scale = ratios.whole_numbers(weight.codes(), scale, zero_point, weight.scheme)
+    else:
+        numbers, row_scale = weight.scheme.format.decode(weight.codes()), scale_values(scale, weight.scheme)
+        if zero_point is not None:
+            numbers = numbers - zero_point.to(torch.float32)
     sums = codes.new_zeros(len(codes), len(numbers), dtype=torch.float64)
     for first in range(0, codes.shape[1], _EXACT):
         sums += codes[:, first : first + _EXACT] @ numbers[:, first : first + _EXACT].T
-    scaled = (sums.to(torch.float32) * token_scale).double() * scale_values(scale, weight.scheme).double().T
+    scaled = (sums.to(torch.float32) * token_scale).double() * row_scale.double().T
     return (scaled if bias is None else scaled + bias.double()).to(torch.float32)
 
 

@@ -278,7 +278,7 @@ def mixed_sources(
         packings = tuple(Packing.of(level, target) for level in mix.levels)
         if activations is not Activations.NATIVE:
             yield quantizing.quantize_source(dtype, activations)
-        for tile in tune_mixed.tiles_of([packing.scales_in_block for packing in packings], activations):
+        for tile in tune_mixed.tiles_of([packing.sums_in_block for packing in packings], activations):
             for gate in (0, int(Gate.SILU)) if fuse else (0,):
                 yield mixed.source(packings, dtype, tile, chip, gate)
 

@@ -56,7 +56,7 @@ class ExpertsProblem:
             tokens=tokens,
             top_k=top_k,
             bits=packing.scheme.format.bits,
-            scale_groups=packing.scales_in_block,
+            scale_groups=packing.sums_in_block,
             scale_bytes=packing.scale_row_bytes,
             activations=activations,
             batch_invariant=batch_invariant,

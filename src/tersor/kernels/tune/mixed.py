@@ -39,6 +39,8 @@ Few of a dense weight's: even shares fill all CTAs whatever the tile, and a kern
 all its levels."""
 _MOST_SCALE_GROUPS = {(32, 1, 4): 0, (16, 3, 1): 1}
 """Tokens, row groups and channel groups of a tile -> scales of a row in a block that its registers have room for."""
+_MOST_LEVELS = {Tile(128, 2, 1, 1, 1, Activations.INT8): 3}
+"""Tile -> levels whose code its registers have room for beside each other, where they are few."""
 _CROWDS = (1, 2)
 """Of the CTAs that fit, at most one of so many is launched."""
 _HIDDEN = 0.5
@@ -150,6 +152,7 @@ def tiles_of(scale_groups: Sequence[int], activations: Activations) -> list[Tile
     most = max(scale_groups)
     sizes = {tile: (tile.tokens, tile.row_groups, tile.channel_groups) for tile in wanted}
     wanted = {tile for tile, size in sizes.items() if most <= _MOST_SCALE_GROUPS.get(size, most)}
+    wanted = {tile for tile in wanted if len(scale_groups) <= _MOST_LEVELS.get(tile, len(scale_groups))}
     return sorted(wanted.intersection(*of_levels), key=lambda tile: (tile.tokens, tile.row_groups, tile.resident))
 
 

@@ -22,7 +22,7 @@ class LinearProblem:
     Attributes:
         oc, ic, n: sizes; n is at least 1.
         bits: width of a code.
-        scale_groups: scales of one row in a block of 128 input channels; 0 for one scale a row.
+        scale_groups: sums of one row in a block of 128 input channels that are scaled apart; 0 for one scale a row.
         scale_bytes: bytes that the scales of a row take in such a block, zero points included.
         tables: whether a row has a table in place of a scale.
         aligned: whether rows of x start on 16 bytes, which a tensor map needs.
@@ -57,7 +57,7 @@ class LinearProblem:
             ic=shape[1],
             n=n,
             bits=packing.scheme.format.bits,
-            scale_groups=packing.scales_in_block,
+            scale_groups=packing.sums_in_block,
             scale_bytes=packing.scale_row_bytes,
             tables=packing.scheme.has_table,
             aligned=aligned,

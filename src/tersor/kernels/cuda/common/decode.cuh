@@ -86,6 +86,37 @@ __device__ __forceinline__ u32 subtract_bytes(u32 codes, u32 zeros) {
     return ((codes | kTops) - zeros) ^ kTops;
 }
 
+// Of the eight bytes of `low` and `high` those that the lower four nibbles of `selectors` say.
+__device__ __forceinline__ u32 permute(u32 low, u32 high, u32 selectors) {
+#ifdef __CUDACC__
+    return ptx::permute(low, high, selectors);
+#else
+    u32 four = 0;
+    for (int i = 0; i < 4; ++i) {
+        const u32 place = selectors >> 4 * i & 7;
+        four |= ((place < 4 ? low >> 8 * place : high >> 8 * (place - 4)) & 0xFFu) << 8 * i;
+    }
+    return four;
+#endif
+}
+
+// Four codes become int8 of the whole row by the ratio r of their scale to its (tersor/layouts/ratios.py): (r (q - z) + 128)
+// >> 8. The offset is 32768 + 128 - r z, in both halves, so that of two such sums side by side none is negative, and borrows.
+// `kSigned`: codes of kBits bits stand in the top of their bytes, in two's complement; else they are bytes.
+template <int kBits, bool kSigned>
+__device__ __forceinline__ u32 apply_ratio(u32 codes, u32 ratio, u32 offset) {
+    u32 even, odd;
+    if constexpr (kSigned) {
+        constexpr u32 kCode = ((1u << kBits) - 1) * 0x00010001u, kTop = (1u << (kBits - 1)) * 0x00010001u;
+        even = (codes >> (8 - kBits) & kCode) ^ kTop;
+        odd = (codes >> (16 - kBits) & kCode) ^ kTop;
+    } else {
+        even = codes & 0x00FF00FFu;
+        odd = permute(codes, 0, 0x4341u);
+    }
+    return permute(even * ratio + offset, odd * ratio + offset, 0x7351u) ^ 0x80808080u;
+}
+
 // The highest bit of every byte, in all bits of that byte.
 __device__ __forceinline__ u32 repeat_signs(u32 bytes) {
 #ifdef __CUDACC__
@@ -103,20 +134,6 @@ __device__ __forceinline__ u32 subtract_to_e4m3(u32 codes, u32 zeros) {
     const u32 differences = (zeros | kTops) - codes;
     const u32 magnitudes = differences ^ (~repeat_signs(differences) & ~kTops);
     return magnitudes + ((~magnitudes & kTops) >> 7);
-}
-
-// Of the eight bytes of `low` and `high` those that the lower four nibbles of `selectors` say.
-__device__ __forceinline__ u32 permute(u32 low, u32 high, u32 selectors) {
-#ifdef __CUDACC__
-    return ptx::permute(low, high, selectors);
-#else
-    u32 four = 0;
-    for (int i = 0; i < 4; ++i) {
-        const u32 place = selectors >> 4 * i & 7;
-        four |= ((place < 4 ? low >> 8 * place : high >> 8 * (place - 4)) & 0xFFu) << 8 * i;
-    }
-    return four;
-#endif
 }
 
 // Eight codes in four[0], those of one row in its lower half, become the pairs of numbers that they say: of the first row

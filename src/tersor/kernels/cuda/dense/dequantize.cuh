@@ -3,7 +3,7 @@
 // With one scale a row the decoded values are written without it (they are exact in 16 bits; the epilogue multiplies
 // the float32 product); scales in groups are applied here and the value is rounded once. One warp takes one block.
 //
-// Parameters: BITS and DECODE_* (decode.cuh), BF16, SCALE_GROUPS, SCALE_TYPE and ZERO_POINTS (scales.cuh).
+// Parameters: BITS and DECODE_* (decode.cuh), BF16, SCALE_GROUPS, SCALE_TYPE, ZERO_POINTS and RATIOS (scales.cuh).
 #pragma once
 
 #include "common/decode.cuh"

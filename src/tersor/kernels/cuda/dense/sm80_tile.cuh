@@ -7,7 +7,7 @@
 // not depend on who that was.
 //
 // Parameters: BITS and DECODE_* (decode.cuh), BF16 (1: bf16 activations, 0: fp16), N_TILE (8, 16, 32 or 64), STAGES,
-// SHARED_BYTES (what the launch asks for), SCALE_GROUPS, SCALE_TYPE and ZERO_POINTS (scales.cuh; one scale a row is
+// SHARED_BYTES (what the launch asks for), SCALE_GROUPS, SCALE_TYPE, ZERO_POINTS and RATIOS (scales.cuh; one scale a row is
 // applied at the end), EPILOGUE (gate.cuh).
 #pragma once
 

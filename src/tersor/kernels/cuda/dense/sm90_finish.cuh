@@ -178,7 +178,7 @@ struct RowTerms {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const int row = first_row + threadIdx.x % 32 / 4 + 8 * half;
-            scale[half] = kGroups > 0 ? factor : (row < rows ? scales::of_row(scales, row) * factor : 0.0f);
+            scale[half] = kSumGroups > 0 ? factor : (row < rows ? scales::of_row(scales, row) * factor : 0.0f);
             if constexpr (OUTLIERS > 0) scale[half] = 1.0f;  // sums have it already
         }
     }

@@ -21,7 +21,7 @@
 // of it are multiplied, sm90_multiply_pieces.cuh), N_TILE (wgmma.cuh), ROW_GROUPS, K_GROUPS, CLUSTER (1, 2 or 4), GATHERS
 // (the most splits that may be a cluster), GATHER_ROOM (parts of theirs that have shared memory of their own), RESIDENT
 // (CTAs that fit on a multiprocessor), WEIGHT_SLOTS, X_SLOTS, SHARED_BYTES (what the launch asks for), FEW_TOKENS (up to
-// which mma.sync multiplies), SCALE_GROUPS, SCALE_TYPE and ZERO_POINTS
+// which mma.sync multiplies), SCALE_GROUPS, SCALE_TYPE, ZERO_POINTS and RATIOS
 // (scales.cuh; one scale a row is applied at the end), EPILOGUE (gate.cuh), NORM (sm90_norm.cuh: 1 where x still lacks
 // the division of a norm, 2 where a norm of y follows; all tokens are in one tile then), OUTLIERS (sm90_outliers.cuh),
 // PLACED (sm90_finish.cuh: 1 where results stand among those of other row sets).

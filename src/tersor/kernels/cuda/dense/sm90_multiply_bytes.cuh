@@ -5,8 +5,9 @@
 // of their own (DeepSeek-V3, arXiv 2412.19437, section 3.3.2). Tiles of more than 128 tokens have registers for one set of
 // sums only: with one scale a row all blocks of an item meet in the tensor cores, which is what others call fast
 // accumulation; else those of pieces of the tokens do (sm90_multiply_pieces.cuh). Products of int8
-// add up exactly, and of a whole row with one scale they stay whole until the end; those of a scale group become float32
-// to be scaled (MixLLM, arXiv 2412.14590, section 3.3), and so do those of a block where each has its own scale of a token.
+// add up exactly, and of a whole row with one scale they stay whole until the end. So they do where codes in groups become
+// int8 by ratios. Those of wider codes in a scale group become float32 to be scaled (MixLLM, arXiv 2412.14590, section 3.3),
+// and so do those of a block where each has its own scale of a token.
 #ifndef TERSOR_DENSE_SM90_MULTIPLY_BYTES  // of a row set: may be read again for another (mixed/sm90_level.cuh)
 #define TERSOR_DENSE_SM90_MULTIPLY_BYTES
 
@@ -38,24 +39,47 @@ struct Number {
     static constexpr int value = kValue;
 };
 
-// Zero points of a lane's two rows, of each scale, as decode::finish takes them.
-struct Zeros {
-    u32 of[2 * kScales];
+// What makes numbers of the codes of a lane's two rows, of each scale: zero points as decode::finish takes them, or ratios.
+struct Terms {
+    u32 zeros[2 * kScales];
+    u32 ratios[scales::kRatios ? 2 * kScales : 1];
+
+    __device__ __forceinline__ explicit Terms(const scales::RowOffsets& offsets) : zeros{offsets.pairs[0], offsets.pairs[1]} {}
+
+    // Those of a block whose scales are at `block`; `row`: the lane's first of the 16.
+    __device__ __forceinline__ void read(const char* block, int row, const scales::RowOffsets& offsets) {
+#pragma unroll
+        for (int i = 0; i < 2 * kGroups; ++i) {
+            if constexpr (scales::kRatios) {
+                const auto found = scales::Ratio::of(block, i / 2, row + i % 2 * 8, offsets.pairs[i % 2]);
+                ratios[i] = found.ratio;
+                zeros[i] = found.offset;
+            } else if constexpr (scales::kZeroPoints) {
+                zeros[i] = scales::zero_bytes(block, i / 2, row + i % 2 * 8);
+            }
+        }
+    }
 };
 
 // Registers that products under way read are free for a compiler, unless instructions behind the wait for those products
 // write them. So where codes are numbers as they stand, they are combined with `nothing`, a 0 of which no compiler knows:
 // without that ptxas loads them right into those registers, before the wait.
 __device__ __forceinline__ void decode_bytes(
-    u32 (&a)[kByteRegisters], const u32 (&words)[tile::kLaneWords], const Zeros& zeros, u32 nothing) {
+    u32 (&a)[kByteRegisters], const u32 (&words)[tile::kLaneWords], const Terms& terms, u32 nothing) {
 #pragma unroll
     for (int set = 0; set < kByteRegisters / decode::kRegisters; ++set) {
         decode::extract(a + set * decode::kRegisters, words + set * decode::kWords);
     }
-    if constexpr (scales::kZeroPoints || DECODE_FINISH == decode::kSubtractToE4m3) {
+    if constexpr (scales::kRatios) {
 #pragma unroll
         for (int i = 0; i < kByteRegisters; ++i) {
-            const u32 zero = scales::kZeroPoints ? zeros.of[2 * (i / 4 / kGroupSteps) + i % 2] : DECODE_CONSTANT;
+            const int of = 2 * (i / 4 / kGroupSteps) + i % 2;
+            a[i] = decode::apply_ratio<tile::kBits, !scales::kZeroPoints>(a[i], terms.ratios[of], terms.zeros[of]);
+        }
+    } else if constexpr (scales::kZeroPoints || DECODE_FINISH == decode::kSubtractToE4m3) {
+#pragma unroll
+        for (int i = 0; i < kByteRegisters; ++i) {
+            const u32 zero = scales::kZeroPoints ? terms.zeros[2 * (i / 4 / kGroupSteps) + i % 2] : DECODE_CONSTANT;
             a[i] = decode::finish<kBf16>(a[i], zero, false);
         }
     } else if constexpr (decode::kPlain) {
@@ -71,17 +95,18 @@ __device__ __forceinline__ float to_float(float sum) { return sum; }
 
 static_assert(tile::kColumns / kScales * 128 * 128 <= 1 << 22, "sums of a scale group have at most 22 bits");
 
-#if SCALE_GROUPS == 0 && !X_GROUPS
+#if (SCALE_GROUPS == 0 || RATIOS) && !X_GROUPS
 
 // A multiplying warp: decodes its 16 rows of its blocks and multiplies them with the tokens in the slots. `use` counts
-// the blocks that this CTA had before the item. There is one scale a row. A block is decoded while the products of the block
+// the blocks that this CTA had before the item. Sums have one scale a row. A block is decoded while the products of the block
 // before are under way or, with one buffer, those of the other warpgroup.
 __device__ __forceinline__ void multiply_blocks(
     Sum (&sums)[kSums], const WeightRing& weights, const XRing& xs, const char* slots, u32 use, int count,
     const scales::RowOffsets& offsets) {
-    const Zeros zeros{{offsets.pairs[0], offsets.pairs[1]}};
+    Terms terms(offsets);
     const u32 nothing = count >> 31;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, row_group = threadIdx.x / 128 % kRowGroups;
+    const int own_scales = kRowGroups * tile::kUnitBytes + row_group * kScaleBytes + warp * scales::kBlockBytes;
     u32 a[2][kByteRegisters];
     WeightRing::Place weights_at(use);
     XRing::Place x_at(use), x_read = x_at;
@@ -96,10 +121,11 @@ __device__ __forceinline__ void multiply_blocks(
         weights.wait_filled(weights_at);
         const char* stage = slots + (weights.address(weights_at) - xs.base);
         tile::load_lane(words, stage + row_group * tile::kUnitBytes + warp * tile::kBytes + lane * 16, lane);
+        if constexpr (scales::kRatios) terms.read(stage + own_scales, lane / 4, offsets);
         xs.wait_filled(x_at);
         if (waits) wgmma::wait<kBuffers - 1>();
         if (releases) release();
-        decode_bytes(from, words, zeros, nothing);
+        decode_bytes(from, words, terms, nothing);
         const u64 x = wgmma::describe(xs.address(x_at));
         wgmma::fence();
 #pragma unroll
@@ -181,22 +207,16 @@ __device__ __forceinline__ void multiply_blocks(
         const char* block_scales =
             stage + kRowGroups * tile::kUnitBytes + row_group * kScaleBytes + warp * scales::kBlockBytes;
         u32 words[tile::kLaneWords];
-        Zeros zeros{{offsets.pairs[0], offsets.pairs[1]}};
+        Terms terms(offsets);
         tile::load_lane(words, stage + row_group * tile::kUnitBytes + warp * tile::kBytes + lane * 16, lane);
 #pragma unroll
-        for (int group = 0; group < kGroups; ++group) {
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const int row = lane / 4 + 8 * half;
-                scale[buffer][2 * group + half] = scales::in_block(block_scales, group, row);
-                if constexpr (scales::kZeroPoints) {
-                    zeros.of[2 * group + half] = scales::zero_bytes(block_scales, group, row);
-                }
-            }
+        for (int i = 0; i < 2 * kGroups; ++i) {
+            scale[buffer][i] = scales::in_block(block_scales, i / 2, lane / 4 + i % 2 * 8);
         }
+        terms.read(block_scales, lane / 4, offsets);
         weights.release(weights_at);
         weights_at.advance();
-        decode_bytes(a[buffer], words, zeros, nothing);
+        decode_bytes(a[buffer], words, terms, nothing);
     };
     // Adds up a half; `at`: where the activations of its products were; `low`, `high`: scales of its rows.
     const auto settle = [&](int half, const XRing::Place& at, float low, float high) {

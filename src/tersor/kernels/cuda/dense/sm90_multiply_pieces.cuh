@@ -38,7 +38,7 @@ __device__ __forceinline__ void multiply_blocks(
     const u32 nothing = count >> 31;
     u32 a[kByteRegisters], words[tile::kLaneWords];
     float scale[2], next_scale[2];
-    Zeros zeros{{offsets.pairs[0], offsets.pairs[1]}};
+    Terms terms(offsets);
     SumOf<kWhole>::Type part[kParts][kPieceSums];
 #pragma unroll
     for (int i = 0; i < kSums; ++i) sums[i] = 0.0f;
@@ -54,8 +54,8 @@ __device__ __forceinline__ void multiply_blocks(
 #pragma unroll
         for (int half = 0; half < 2 * kGroups; ++half) {
             next_scale[half] = scales::in_block(block_scales, 0, lane / 4 + 8 * half);
-            if constexpr (scales::kZeroPoints) zeros.of[half] = scales::zero_bytes(block_scales, 0, lane / 4 + 8 * half);
         }
+        terms.read(block_scales, lane / 4, offsets);
     };
     // Starts the products of a piece with the block whose activations are described by `x`.
     const auto multiply = [&](int piece, u64 x) {
@@ -91,7 +91,7 @@ __device__ __forceinline__ void multiply_blocks(
     read();
 #pragma unroll 1
     for (int block = 0; block < count; ++block) {
-        decode_bytes(a, words, zeros, nothing);
+        decode_bytes(a, words, terms, nothing);
 #pragma unroll
         for (int half = 0; half < 2 * kGroups; ++half) scale[half] = next_scale[half];
         xs.wait_filled(x_at);

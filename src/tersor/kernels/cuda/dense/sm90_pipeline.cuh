@@ -23,7 +23,8 @@ constexpr int kChannelGroups = K_GROUPS;
 constexpr int kCluster = CLUSTER;
 constexpr int kWeightSlots = WEIGHT_SLOTS;
 constexpr int kXSlots = X_SLOTS;
-constexpr int kGroups = scales::kGroups;
+constexpr int kGroups = scales::kGroups;                   // scales of a row in a block
+constexpr int kSumGroups = scales::kRatios ? 0 : kGroups;  // of those by which sums are scaled
 constexpr bool kFew = !kBytewise && kTokens <= FEW_TOKENS;
 constexpr bool kInPieces = PIECES;                         // as in sm90_multiply_pieces.cuh
 constexpr int kBand = 1024 / kTokens;   // token tiles whose activations are in use at a time
@@ -35,7 +36,7 @@ constexpr int kThreads = kConsumers + 128;
 constexpr int kRows = tile::kUnitRows * kRowGroups;
 constexpr int kSums = kTokens / 2;  // sums of a thread
 
-// What sums are until they are scaled: float32 or, of int8 with one scale a row and a token, int32. They are exchanged as
+// What sums are until they are scaled: float32 or, of int8 of a whole row and one scale a token, int32. They are exchanged as
 // they are, in the bytes of float32, so that whole numbers add up to the same ones however channels are split.
 template <bool kOfInt8>
 struct SumOf {
@@ -45,7 +46,7 @@ template <>
 struct SumOf<true> {
     using Type = int;
 };
-using Sum = SumOf<kWhole && kGroups == 0 && !kXGroups>::Type;
+using Sum = SumOf<kWhole && kSumGroups == 0 && !kXGroups>::Type;
 
 __device__ __forceinline__ float bytes_of(float sum) { return sum; }
 __device__ __forceinline__ float bytes_of(int sum) { return __int_as_float(sum); }
@@ -53,6 +54,7 @@ __device__ __forceinline__ void add_bytes(float& sum, float bytes) { sum += byte
 __device__ __forceinline__ void add_bytes(int& sum, float bytes) { sum += __float_as_int(bytes); }
 
 constexpr int kScaleBytes = tile::kUnitBlocks * scales::kBlockBytes;  // of one unit: 64 rows of one block
+constexpr int kRowTermBytes = tile::kUnitRows * scales::kRowWords * 4;  // of a unit's rows, where those have some
 constexpr int kKeptBytes = OUTLIERS * tile::kUnitBlocks * 64;         // of its outliers (sm90_outliers.cuh)
 constexpr int kWeightSlotBytes = kRowGroups * (tile::kUnitBytes + kScaleBytes + kKeptBytes);
 constexpr int kPieces = kBytewise ? 1 : 2;                        // a block of a token is as many swizzled rows of 128 bytes
@@ -179,12 +181,13 @@ __device__ __forceinline__ void copy_weights(const WeightRing& ring, const Work&
     const u64 policy = ptx::evict_first_policy();
     const int row_units = (work.oc + tile::kUnitRows - 1) / tile::kUnitRows;
     const long long stride = static_cast<long long>(work.blocks()) * kBytes;  // from one row unit to the next
+    const long long ahead = kPart == Part::kScales && scales::kRatios ? row_units * kRowTermBytes : 0;  // of a matrix
     WeightRing::Place at(0);
     for_items(work, rank, [&](const Item& item) {
         const int row_unit = item.first_row / tile::kUnitRows;
         const int units = kPart == Part::kKept ? kRowGroups : max(0, min(kRowGroups, row_units - row_unit));
         const char* from = source + (static_cast<long long>(item.matrix) * row_units + row_unit) * stride +
-                           static_cast<long long>(item.first_block) * kBytes;
+                           (item.matrix + 1) * ahead + static_cast<long long>(item.first_block) * kBytes;
 #pragma unroll 1
         for (int block = item.first_block; block < item.last_block; ++block, from += kBytes, at.advance()) {
             ring.wait_emptied(at);

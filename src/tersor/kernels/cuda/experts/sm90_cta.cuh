@@ -114,11 +114,11 @@ __device__ __forceinline__ void run_experts(
     } else {
         meet();
         ptx::take_registers<kComputeRegisters>();
-        const int padded = (work.oc + tile::kUnitRows - 1) / tile::kUnitRows * tile::kUnitRows;
+        const long long row_units = (work.oc + tile::kUnitRows - 1) / tile::kUnitRows;
+        const long long scale_bytes = row_units * (kRowTermBytes + (scales::kRatios ? work.blocks() * kScaleBytes : 0));
         u32 use = 0;
         for_items(work, 0, [&](const Item& item) {
-            const long long rows_before = static_cast<long long>(item.matrix) * padded;
-            const float* row_scales = reinterpret_cast<const float*>(scale) + rows_before * scales::kRowWords;
+            const float* row_scales = reinterpret_cast<const float*>(scale + item.matrix * scale_bytes);
             const u16* biases =
                 of.bias == nullptr ? nullptr : of.bias + static_cast<long long>(item.matrix) * of.bias_rows;
             const Operands own{row_scales, biases, of.x_scale, nullptr, of.y, of.partial, of.arrived, factor, {}, places, {}};

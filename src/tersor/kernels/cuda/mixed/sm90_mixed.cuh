@@ -4,9 +4,9 @@
 // share of them. Results go to the columns of their features at once.
 //
 // Parameters: those of sm90_linear.cuh. LEVELS says how many levels there are, and what differs between them is named by
-// level: BITS_0 and BITS_1, DECODE_*, BYTE_WEIGHT, PIECES, SCALE_GROUPS, SCALE_TYPE, ZERO_POINTS, WEIGHT_SLOTS, X_SLOTS,
-// SHARED_BYTES (of a CTA of the level; the launch asks for the most of them), FACTOR (the power of two that decoded
-// weights still lack). NORM is 0, PLACED 1.
+// level: BITS_0 and BITS_1, DECODE_*, BYTE_WEIGHT, PIECES, SCALE_GROUPS, SCALE_TYPE, ZERO_POINTS, RATIOS, WEIGHT_SLOTS,
+// X_SLOTS, SHARED_BYTES (of a CTA of the level; the launch asks for the most of them), FACTOR (the power of two that
+// decoded weights still lack). NORM is 0, PLACED 1.
 #pragma once
 
 #include "common/gate.cuh"
