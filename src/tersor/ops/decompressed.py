@@ -13,8 +13,8 @@ from tersor import hardware
 from tersor.formats import Sparse
 from tersor.kernels import dense, jit
 from tersor.kernels import sparse as kernels
-from tersor.kernels.tune import splits_sums
 from tersor.kernels.tune import sparse as tune
+from tersor.kernels.tune import splits_sums
 from tersor.layouts.blocks import UNIT_OC
 from tersor.layouts.sparse_packing import SparsePacking
 from tersor.layouts.sparse_tiles import places_of

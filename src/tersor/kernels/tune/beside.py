@@ -45,9 +45,9 @@ class BesideCosts:
 
 
 COSTS = BesideCosts()
-"""Of an H200. `gather` is 10 % below what fits the times of 256 and 2,048 tokens in bench/results/outliers_h200.json, so
-that no weight is decoded for less than nothing; `cublas` fits 1,597 times of 128 to 4,096 tokens
-(token_counts_h200.csv: 0.5 % too fast on average, off by 7 %); `memory` is that of pruned weights (`tune.sparse`)."""
+"""Of an H200. `gather` is 10 % below what fits the times of 256 and 2,048 tokens in bench/results/outliers_h200.json,
+so that no weight is decoded that is gathered as fast. `cublas` fits 1,597 times of 128 to 4,096 tokens in
+token_counts_h200.csv: it is 0.5 % too fast on average, and off by 7 %. `memory` is that of pruned weights."""
 
 
 @functools.lru_cache(maxsize=16384)
@@ -79,7 +79,7 @@ def gathered_seconds(problem: LinearProblem, rounds: int, chip: Chip, costs: Bes
 
 
 def decoded_seconds(problem: LinearProblem, rounds: int, chip: Chip, costs: BesideCosts = COSTS) -> float:
-    """Return the predicted time of a product by cuBLAS with a weight that is decoded, a slice at a time, ahead of it."""
+    """Return the predicted time of a product by cuBLAS with a weight whose slices are decoded ahead of it."""
     oc, ic, n, bandwidth = problem.oc, problem.ic, problem.n, chip.bandwidth * costs.memory
     rows = slice_rows(oc, ic)
     slices, weights = -(-oc // rows), oc * ic
@@ -102,5 +102,5 @@ def splits_sums(rows: int, n: int, chip: Chip) -> bool:
 
 
 def _filled_rounds(rounds: int) -> float:
-    """Return about how many rounds a block fills where so many have a place: 1.14 of one at 0.5 %, 3.1 of four at 2 %."""
+    """Return about how many rounds a block fills where so many have a place."""
     return 1.14 if rounds == 1 else 0.75 * rounds + 0.25
