@@ -114,8 +114,8 @@ def test_gathering_is_predicted_to_take_no_longer_than_it_was_measured_to() -> N
     for row in rows:
         problem, rounds = problem_of(Scheme.from_key(row["scheme"]), (row["oc"], row["ic"]), row["n"])
         found = beside.gathered_seconds(problem, rounds, H200)
-        assert found is not None and 0.86 < 1e6 * found / row["outliers"] < 1.03, row
-        assert tune.decodes_beside(problem, rounds, H200) == (row["n"] == 2048)
+        assert found is not None and 0.86 < 1e6 * found / row.get("gathered", row["outliers"]) < 1.03, row
+        assert tune.decodes_beside(problem, rounds, H200) == (row["n"] > 500)
 
 
 def test_a_weight_is_decoded_from_some_number_of_tokens_on_and_sooner_the_more_it_keeps() -> None:
