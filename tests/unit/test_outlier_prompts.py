@@ -109,13 +109,13 @@ def problem_of(scheme: Scheme, shape: tuple[int, int], n: int) -> tuple[tune.Lin
 
 def test_gathering_is_predicted_to_take_no_longer_than_it_was_measured_to() -> None:
     """So where decoding is predicted to take less it does, as far as its own prediction holds."""
-    rows = [row for row in json.loads(RESULTS.read_text())["rows"] if row["n"] > 64]
-    assert {row["n"] for row in rows} >= {256, 2048}
+    rows = [row for row in json.loads(RESULTS.read_text())["rows"] if row["n"] in (256, 2048)]
+    assert len(rows) >= 8
     for row in rows:
         problem, rounds = problem_of(Scheme.from_key(row["scheme"]), (row["oc"], row["ic"]), row["n"])
         found = beside.gathered_seconds(problem, rounds, H200)
-        assert found is not None and 0.86 < 1e6 * found / row.get("gathered", row["outliers"]) < 1.03, row
-        assert tune.decodes_beside(problem, rounds, H200) == (row["n"] > 500)
+        assert found is not None and 0.78 < 1e6 * found / row.get("gathered", row["outliers"]) < 1.0, row
+        assert tune.decodes_beside(problem, rounds, H200) == (row["n"] == 2048)
 
 
 def test_a_weight_is_decoded_from_some_number_of_tokens_on_and_sooner_the_more_it_keeps() -> None:
