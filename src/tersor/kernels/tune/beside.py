@@ -6,7 +6,6 @@ Both times are predicted, and the weight is decoded where that is less.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, replace
 
 from tersor.hardware import Chip
@@ -51,7 +50,6 @@ is gathered as fast. `cublas` fits 1,597 times of 128 to 4,096 tokens in token_c
 average, and off by 7 %. `memory` is that of pruned weights."""
 
 
-@functools.lru_cache(maxsize=16384)
 def decodes_beside(problem: LinearProblem, rounds: int, chip: Chip) -> bool:
     """Tell whether a product is predicted to take less where the weight is decoded, with its outliers, for cuBLAS.
 
