@@ -2,10 +2,12 @@
 
     python bench/outliers.py                       0.5 % beside int4 in groups and fp6, three shapes, 1 to 2048 tokens
     python bench/outliers.py --percent 0.1,0.5,1 --tokens 8,16,32 --shapes 8192x8192 --ways dense,outliers
+    python bench/outliers.py --tokens 128,512,2048 --ways dense,outliers,gathered,decoded
 
-For each number of tokens: microseconds of the dense part alone, with outliers as `ops.linear` has them, and with the
-small kernel ahead, as older GPUs and batch-invariant calls have it; medians of CUDA graphs with programmatic dependence
-that walk over copies of the weight (`tersor.bench.timing`). Results are checked against float32 once.
+For each number of tokens: microseconds of the dense part alone, with outliers as `ops.linear` has them, gathered by the
+fused kernel, in a weight that is decoded for cuBLAS, and with the small kernel ahead, as older GPUs and batch-invariant
+calls have it; medians of CUDA graphs with programmatic dependence that walk over copies of the weight
+(`tersor.bench.timing`). Results are checked against float32 once, of each way that is timed.
 """
 
 from __future__ import annotations
@@ -20,18 +22,20 @@ from typing import Any
 import results_file
 import torch
 
-from tersor import ops
+from tersor import hardware, ops
 from tersor.bench.timing import copies, graph_microseconds
 from tersor.checkpoint.config import parse_scheme
 from tersor.compress import encode
 from tersor.formats import Outliers, Scheme
+from tersor.kernels import tune
 from tersor.layouts import PackedWeight
-from tersor.ops import dense, outlier_sums
+from tersor.layouts.outliers import rounds_of
+from tersor.ops import dense, mode, outlier_sums
 
 FORMATS = ("int4:g128", "fp6_e2m3")
 SHAPES = ((8192, 8192), (28672, 8192), (57344, 8192))
-TOKENS = (1, 8, 16, 32, 64, 256, 2048)
-WAYS = ("dense", "outliers", "ahead")
+TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 2048)
+WAYS = ("dense", "outliers", "gathered", "decoded", "ahead")
 
 
 def made(of: Scheme, oc: int, ic: int, seed: int) -> PackedWeight:
@@ -47,6 +51,22 @@ def ahead(x: torch.Tensor, weight: PackedWeight, own: PackedWeight) -> torch.Ten
     return dense.multiply(x, own, None, outlier_sums.add(x, weight, None), 0)
 
 
+def gathered(x: torch.Tensor, weight: PackedWeight, config: tune.LinearConfig) -> torch.Tensor:
+    """Return the product whose outliers the fused kernel adds, whatever the number of tokens."""
+    with mode.using(config=config):
+        return ops.linear(x, weight)
+
+
+def config_of(weight: PackedWeight, n: int) -> tune.LinearConfig:
+    """Return how that kernel runs."""
+    kept, chip = weight.scheme.outliers, hardware.of_device(0)
+    assert kept is not None
+    problem = tune.LinearProblem.of(weight.dense.packing, weight.shape, n)
+    config = tune.choose_beside(problem, rounds_of(kept, weight.shape[1]), chip)
+    assert config is not None, f"no kernel gathers for {n} tokens"
+    return config
+
+
 def measure(of: Scheme, shape: tuple[int, int], tokens: list[int], names: list[str]) -> list[dict[str, Any]]:
     """Return a row for every number of tokens, with the times of the ways that are named."""
     first = made(of, *shape, 0)
@@ -55,13 +75,19 @@ def measure(of: Scheme, shape: tuple[int, int], tokens: list[int], names: list[s
     decoded, rows = first.dequantize(), []
     for n in tokens:
         x = torch.randn(n, shape[1], device="cuda", dtype=torch.float16)
-        error = (ops.linear(x, first).float() - x.float() @ decoded.T).abs().max()
-        assert float(error) < 0.05, f"{n} tokens err by {float(error):.3g}"
-        ways: dict[str, list[Callable[[], object]]] = {
+        config = config_of(first, n)
+        pairs = list(zip(weights, owns, strict=True))
+        ways: dict[str, list[Callable[[], torch.Tensor]]] = {
             "dense": [partial(ops.linear, x, own) for own in owns],
             "outliers": [partial(ops.linear, x, weight) for weight in weights],
-            "ahead": [partial(ahead, x, *pair) for pair in zip(weights, owns, strict=True)],
+            "gathered": [partial(gathered, x, weight, config) for weight in weights],
+            "decoded": [partial(outlier_sums.decoded, x, *pair, None, None) for pair in pairs],
+            "ahead": [partial(ahead, x, *pair) for pair in pairs],
         }
+        exact = x.float() @ decoded.T
+        for name in names:
+            error = 0.0 if name == "dense" else float((ways[name][0]().float() - exact).abs().max())
+            assert error < 0.05, f"{name}: {n} tokens err by {error:.3g}"
         with torch.inference_mode():
             times = {name: graph_microseconds(ways[name]) for name in names}
         rows.append({"scheme": of.key(), "oc": shape[0], "ic": shape[1], "n": n, **times})

@@ -1,4 +1,7 @@
-"""Which kernels that add outliers do the compile tests build? Tiles of few tokens and the widest; the rest by turns."""
+"""Which kernels that add outliers do the compile tests build? Tiles of few tokens and the widest; the rest by turns.
+
+And of those that decode a weight with its outliers every kind of scale, and a table.
+"""
 
 from __future__ import annotations
 
@@ -36,4 +39,12 @@ def all_sources(chip: Chip) -> list[KernelSource]:
         bits, row_bytes = packing.scheme.format.bits, packing.scale_row_bytes + ROUND_ROW_BYTES * count
         slots, shared = tile.slots(bits, row_bytes, chip), tile.shared_bytes(bits, row_bytes, chip)
         found.append(dense.sm90_source(packing, dtype, tile, slots, shared, outliers=count))
-    return found
+    return [*found, *_decoding()]
+
+
+def _decoding() -> list[KernelSource]:
+    """Return kernels that decode weights with outliers for cuBLAS."""
+    forms = [(get_scheme(*form), dtype) for form, dtype in zip(_FORMATS, itertools.cycle(decode_groups.PAIR_TARGETS))]
+    forms.append((get_scheme("lut3", None, "bfloat16"), "bfloat16"))
+    packings = [Packing.of(scheme, dtype) for scheme, dtype in forms]
+    return [dense.dequantize_source(packing, count) for packing, count in zip(packings, itertools.cycle(_ROUNDS))]

@@ -7,12 +7,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tersor import formats, ops
+from tersor import formats, hardware, ops
 from tersor.compress import encode
 from tersor.formats import Activations, Outliers, Scheme, get_scheme
+from tersor.kernels import tune
+from tersor.kernels.tune import beside
 from tersor.layouts import STREAM, PackedWeight, stream
+from tersor.layouts.outliers import rounds_of
 from tersor.nn import PackedLinear
-from tersor.ops import Gate, dense, outlier_sums
+from tersor.ops import Gate, dense, dequantized, mode, outlier_sums, prepared
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -117,13 +120,106 @@ def test_both_ways_agree_and_give_the_same_bits_again(dtype: torch.dtype, kept: 
         assert torch.equal(y, ops.linear(x, weight))
 
 
+PROMPTS = (65, 128, 300, 512, 1031)
+needs_hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs compute capability 9.0"
+)
+
+
+def rounded(weight: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
+    """Return the weight as it is decoded for cuBLAS, in float64: each number rounded once."""
+    return weight.dequantize().to(dtype).double()
+
+
+def gathered(x: torch.Tensor, weight: PackedWeight, *of: torch.Tensor | None) -> torch.Tensor:
+    """Return the product whose outliers the fused kernel gathers, whatever the number of tokens."""
+    kept, (oc, ic) = weight.scheme.outliers, weight.shape
+    assert kept is not None
+    problem = tune.LinearProblem.of(weight.dense.packing, (oc, ic), x.numel() // ic)
+    config = tune.choose_beside(problem, rounds_of(kept, ic), hardware.of_device(0))
+    bias, residual = of
+    with mode.using(config=config):
+        return ops.linear(x, weight, bias, residual=residual)
+
+
+@needs_hopper
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("name", "group_size"), [*SCHEMES, ("lut3", None)])
+def test_both_ways_of_prompts_are_within_tolerance(name: str, group_size: int | None, dtype: torch.dtype) -> None:
+    of = scheme(name, group_size, 1, "bfloat16" if dtype == torch.bfloat16 else "float16")
+    if of.has_table:
+        of = replace(of, scale_dtype=str(dtype).removeprefix("torch."))
+    for oc, ic in ((1000, 640), (2048, 1024)):
+        weight = weight_of(of, oc, ic, dtype)
+        if weight.arranged is None:
+            pytest.fail("outliers of the activations' dtype are arranged for kernels")
+        own, exactly, once = weight.dense, weight.dequantize().double(), rounded(weight, dtype)
+        for n in PROMPTS:
+            x, bias, residual = (
+                rows(n, ic, dtype=dtype),
+                rows(oc, dtype=dtype, seed=2),
+                rows(n, oc, dtype=dtype, seed=3),
+            )
+            for has in ((None, None), (bias, None), (None, residual), (bias, residual)):
+                beside = sum(one.double() for one in has if one is not None)
+                check(gathered(x, weight, *has), x.double() @ exactly.T + beside, x, exactly, None)
+                found = outlier_sums.decoded(x, weight, own, *has)
+                check(found, x.double() @ once.T + beside, x, once, None)
+
+
+@needs_hopper
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_decoded_weight_has_its_numbers_rounded_once_and_outliers_exactly(dtype: torch.dtype) -> None:
+    for of in (scheme("int4", 128, 2, "float16"), scheme("fp6_e2m3", None, 10, "bfloat16"), scheme("uint3", 64, 0.1)):
+        weight = weight_of(of, 712, 1160, dtype)
+        if weight.arranged is None:  # not all are numbers of that dtype
+            continue
+        parts = [part.clone() for _, part in dequantized.with_outliers(weight, prepared.type_of(weight))]
+        assert torch.equal(torch.cat(parts).double(), rounded(weight, dtype))
+
+
+@needs_hopper
+def test_prompts_are_decoded_in_slices_and_in_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(beside, "_SCRATCH_BYTES", 1 << 20)
+    monkeypatch.setattr(tune, "decodes_beside", lambda problem, rounds, chip: problem.n > 64)
+    ops.prepared.forget()
+    weight, x = (
+        weight_of(scheme("int4", 128, 0.5), 4096, 1024, torch.bfloat16),
+        rows(2, 300, 1024, dtype=torch.bfloat16),
+    )
+    once = rounded(weight, torch.bfloat16)
+    expected = ops.linear(x, weight)
+    check(expected.view(600, 4096), x.view(600, 1024).double() @ once.T, x.view(600, 1024), once, None)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = ops.linear(x, weight)
+    y.zero_()
+    graph.replay()
+    assert torch.equal(y, expected)
+    ops.prepared.forget()
+
+
+@needs_hopper
+def test_a_prompt_of_a_large_weight_is_decoded_and_meets_what_is_gathered() -> None:
+    weight = weight_of(scheme("fp6_e2m3", None), 4096, 4096, torch.float16)
+    x = rows(2048, 4096, dtype=torch.float16)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+        y = torch.ops.tersor.outlier_linear(
+            x, weight.data, weight.scale, None, weight.outliers, weight.arranged, None, weight.scheme.key(), 4096, 4096,
+            weight.layout,
+        )  # fmt: skip
+    assert any("dequantize" in event.key for event in seen.key_averages())
+    torch.testing.assert_close(y.float(), gathered(x, weight, None, None).float(), rtol=2**-8, atol=2**-7)
+    assert torch.equal(y, ops.linear(x, weight))
+
+
 @pytest.mark.parametrize("gate", [Gate.SILU, Gate.GELU_TANH])
 def test_a_gate_comes_after_the_outliers(gate: Gate) -> None:
     of = scheme("fp6_e2m3", None, 1)
     plain = [PackedWeight.from_encoded(encode(rows(768, 1024, dtype=torch.bfloat16, seed=s) / 32, of)) for s in (4, 5)]
     weight = PackedWeight.gate_up(*plain)
     weight = weight.to_layout(ops.preferred_layout(of, torch.bfloat16, torch.device("cuda")))
-    for n in (1, 7, 40, 64, 200):
+    for n in (1, 7, 40, 64, 200, 2048):
         x = rows(n, 1024, dtype=torch.bfloat16)
         one, two = (x.float() @ part.dequantize().T for part in plain)
         expected = gate.combine(one, two)

@@ -108,7 +108,7 @@ def _translation(source: KernelSource, arch: int) -> str:
     language = "emulated.hpp" if source.header.startswith("attention/") else "emulated_block.hpp"
     if source.header.startswith("attention/sm90"):
         language = "emulated_sm90.hpp"
-    elif source.header.startswith(("dense/sm90", "experts/sm90", "mixed/", "sparse/")):
+    elif source.header.startswith(("dense/dequantize", "dense/sm90", "experts/sm90", "mixed/", "sparse/")):
         language = "emulated_mixed.hpp"
     names = [f"a{i}" for i in range(len(source.arguments))]
     given = [

@@ -295,6 +295,23 @@ def test_a_block_has_rounds_for_most_of_what_stands_there_and_none_are_lost() ->
     blocks = 512 // 16 * 4096 // 128
     further = (arranged.numel() - (512 // 64 + 2) * 32 * 64 - 12) / layouts.ROUND_WORDS
     assert 0 < further < 0.05 * blocks
+    empty = layouts.arrange(torch.zeros(70, 3, dtype=torch.int32), of, "float16", 300)
+    assert empty is not None and empty.shape == ((2 + 2) * 3 * 4 * rounds_of(of, 300) * 16 + 8,) and not empty.any()
+
+
+def test_four_lanes_read_from_other_banks_nearly_always() -> None:
+    """A lane reads a pair of channels in one of eight pieces of 16 bytes, whichever its token is: the pair counts."""
+    generator = torch.Generator().manual_seed(2)
+    columns = torch.rand(512, 4096, generator=generator).argsort(1)[:, :20]
+    words = outlier_words(columns, torch.ones(512, 20, dtype=torch.float16))
+    arranged = layouts.arrange(words, Outliers.parse("0.5%", "float16"), "float16", 4096)
+    assert arranged is not None
+    rounds = arranged[: 512 // 16 * 32 * layouts.ROUND_WORDS].view(-1, 4, 4).long()
+    places = torch.stack([rounds[..., i] >> shift for i in (1, 3) for shift in (0, 16)], dim=1)  # of a load, by lanes
+    pairs = (places >> 1 & 63) // 2 + (places >> 10 & 1) * 32
+    same = [(pairs[:, :, i, None] % 4 == pairs % 4) & (pairs[:, :, i, None] != pairs) for i in range(4)]
+    accesses = 1 + torch.stack([one.sum(dim=2) for one in same]).amax(dim=0)
+    assert float(accesses.double().mean()) < 1.2
 
 
 def test_outliers_that_a_dtype_of_activations_does_not_have_are_not_arranged_for_it() -> None:

@@ -139,13 +139,19 @@ def parts(config: tune.LinearConfig, n: int) -> tuple[int, int]:
 
 
 @functools.cache
-def dequantize_source(packing: Packing) -> KernelSource:
-    """Return the kernel that decodes tiles to a dense 16-bit matrix."""
+def dequantize_source(packing: Packing, outliers: int = 0) -> KernelSource:
+    """Return the kernel that decodes tiles to a dense 16-bit matrix.
+
+    Args:
+        packing: of the weight.
+        outliers: as for `sm90_source`; rows then have their scales and their outliers.
+    """
+    beside = f"_beside{outliers}" if outliers else ""
     return KernelSource(
-        name=f"tersor_dequantize_{packing.scheme.format.name}_{packing.target}",
+        name=f"tersor_dequantize_{packing.scheme.format.name}_{packing.target}{beside}",
         header="dense/dequantize.cuh",
-        parameters={**packing.macros(), "BF16": packing.target == "bfloat16"},
-        arguments="PPPiiif",
+        parameters={**packing.macros(), "BF16": packing.target == "bfloat16", "OUTLIERS": outliers},
+        arguments="PPPiiifPi",
     )
 
 
@@ -259,10 +265,20 @@ def launch_dequantize(
     oc: int,
     ic: int,
     factor: float,
+    kept: int = 0,
+    weight_oc: int = 0,
 ) -> None:
-    """Launch the decode of `oc` output channels, from a block of 16 on, into dense scratch memory [oc, ic]."""
+    """Launch the decode of `oc` output channels, from a block of 16 on, into dense scratch memory [oc, ic].
+
+    Args:
+        function: `dequantize_source`, loaded.
+        stream: handle of the stream.
+        weight, scale, scratch: addresses.
+        first_block, oc, ic, factor: see above, and what decoded values are multiplied by.
+        kept, weight_oc: of a weight with outliers, their address (`layouts.outliers.arrange`), and all of its rows.
+    """
     grid = (-(-ic_blocks(ic) // _DEQUANTIZE_WARPS), oc_blocks(oc), 1)
-    arguments = (weight, scale, scratch, first_block, oc, ic, factor)
+    arguments = (weight, scale, scratch, first_block, oc, ic, factor, kept, weight_oc)
     function.launch(grid, (32 * _DEQUANTIZE_WARPS, 1, 1), 0, stream, arguments)
 
 

@@ -61,23 +61,29 @@ def arrange(words: torch.Tensor, kept: Outliers, target: str, ic: int) -> torch.
     # A block of 16 rows is numbered as its codes lie.
     block = (row // UNIT_OC * blocks + columns // BLOCK_IC) * UNIT_BLOCKS + row % UNIT_OC // BLOCK_OC
     there = bits != 0
-    order, block = _ordered(block[there], columns[there])
-    number = bits.view(torch.int16)[there][order].to(torch.int64) & 0xFFFF
-    place = _places(row[there][order], columns[there][order])
+    block, columns = block[there], columns[there]
     counts = torch.bincount(block, minlength=rows * blocks)
-    at = torch.arange(len(block), device=device) - _before(counts)[block]  # in its block
     needed = (counts + _ROUND - 1) // _ROUND
     further = (needed - rounds).clamp_(min=0)
     first = _before(further)
-    start, turn = rows * blocks * rounds, at // _ROUND
-    index = torch.where(turn < rounds, block * rounds + turn, start + first[block] + turn - rounds)
-    total = int(further.sum())
-    made = torch.zeros((start + total) * ROUND_WORDS, dtype=torch.int64, device=device)
-    lane, which = at % 4, at % _ROUND // 4  # of four outliers behind each other four lanes have one each
-    word = index * ROUND_WORDS + lane * 4 + which // 2 * 2
-    made.scatter_add_(0, word, number << which % 2 * 16)
-    made.scatter_add_(0, word + 1, place << which % 2 * 16)
-    _link(made.view(-1, ROUND_WORDS // 4, 4), needed, further, first, rounds)
+    slot = _slots(block, columns, needed)
+    taken = int(needed.sum()) * _ROUND
+    numbers = torch.zeros(taken, dtype=torch.int64, device=device)
+    numbers[slot] = bits.view(torch.int16)[there].to(torch.int64) & 0xFFFF
+    places = torch.full((taken // 4, 4), -1, device=device)
+    places.view(-1)[slot] = _places(row[there], columns)
+    # Where nothing stands, a lane reads what another one does.
+    places = places.where(places >= 0, places.amax(dim=1, keepdim=True)).clamp_(min=0)
+    start, total = rows * blocks * rounds, int(further.sum())
+    made = torch.zeros((start + total, ROUND_WORDS // 4, 4), dtype=torch.int64, device=device)
+    of_block = torch.repeat_interleave(torch.arange(rows * blocks, device=device), needed)
+    turn = torch.arange(len(of_block), device=device) - _before(needed)[of_block]
+    index = torch.where(turn < rounds, of_block * rounds + turn, start + first[of_block] + turn - rounds)
+    # Lanes have pairs of numbers and of places: of the first and second four outliers, of the third and last.
+    pairs = torch.stack((numbers.view(-1, 2, 2, 4), places.view(-1, 2, 2, 4)), dim=2)
+    made[index] = (pairs[:, :, :, 0] | pairs[:, :, :, 1] << 16).permute(0, 3, 1, 2).reshape(-1, 4, 4)
+    _link(made, needed, further, first, rounds)
+    made = made.view(-1)
     made = made.to(torch.int32)
     firsts = torch.nn.functional.pad(first.view(-1, UNIT_BLOCKS * blocks)[:, 0], (0, 1), value=total).to(torch.int32)
     parts = (made[: start * ROUND_WORDS], torch.nn.functional.pad(firsts, (0, -len(firsts) % 4)))
@@ -90,19 +96,34 @@ def _places(row: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     return channel << 1 | (row & 7) << 7 | half * 0xF << 10 | row >> 3 << 14
 
 
-def _ordered(blocks: torch.Tensor, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return in which order outliers stand, by blocks, and the block of each in that order.
+def _slots(blocks: torch.Tensor, columns: torch.Tensor, needed: torch.Tensor) -> torch.Tensor:
+    """Return which of the places of all rounds, one block's behind the other's, each outlier gets.
 
     Four lanes read the activations of four neighbours at a time, each for eight tokens: from other banks where the
-    pairs of channels have other places in 16 bytes. So in a block these places take turns.
+    pairs of channels have other places in 16 bytes. So four neighbours have each such place once, as far as they go
+    round; what a block has more of one gets what is left.
+
+    Args:
+        blocks, columns: of each outlier.
+        needed: of each block, how many rounds its outliers fill.
     """
-    kinds = blocks * 4 + columns % 8 // 2
-    order = torch.argsort(kinds, stable=True)
-    kinds = kinds[order]
+    kind = columns % 8 // 2
+    kinds, order = (blocks * 4 + kind).sort(stable=True)
     _, index, counts = torch.unique_consecutive(kinds, return_inverse=True, return_counts=True)
-    rank = torch.arange(len(order), device=blocks.device) - _before(counts)[index]
-    order = order[torch.argsort((kinds // 4 << 20) + (rank << 2) + kinds % 4, stable=True)]
-    return order, blocks[order]
+    rank = torch.empty_like(blocks)
+    rank[order] = torch.arange(len(order), device=blocks.device) - _before(counts)[index]
+    slot = _before(needed)[blocks] * _ROUND + 4 * rank + kind
+    left = rank >= 4 * needed[blocks]  # there are as many fours
+    free = torch.ones(int(needed.sum()) * _ROUND, dtype=torch.bool, device=blocks.device)
+    free[slot[~left]] = False
+    unused, of_block = free.nonzero()[:, 0], torch.repeat_interleave(needed * _ROUND)
+    before = _before(torch.bincount(of_block[unused], minlength=len(needed)))
+    those = left.nonzero()[:, 0]
+    those = those[blocks[those].argsort(stable=True)]
+    own = blocks[those]
+    turn = torch.arange(len(those), device=blocks.device) - _before(torch.bincount(own, minlength=len(needed)))[own]
+    slot[those] = unused[before[own] + turn]
+    return slot
 
 
 def _before(counts: torch.Tensor) -> torch.Tensor:

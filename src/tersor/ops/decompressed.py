@@ -1,6 +1,6 @@
 """Products with a pruned weight that no fused kernel is to make: slices of it are decoded, which cuBLAS multiplies.
 
-As in `dequantized`; the weight lies in kernel tiles, or as it is stored.
+As in `dequantized`; the weight lies in kernel tiles, or as it is stored. `linear` serves a weight with outliers, too.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from tersor.formats import Sparse
 from tersor.kernels import dense, jit
 from tersor.kernels import sparse as kernels
 from tersor.kernels.tune import sparse as tune
+from tersor.kernels.tune import splits_sums
 from tersor.layouts.blocks import UNIT_OC
 from tersor.layouts.sparse_packing import SparsePacking
 from tersor.layouts.sparse_tiles import places_of
@@ -21,8 +22,6 @@ from tersor.ops import current, dequantized
 
 _SCRATCH_BYTES = 64 << 20
 """Decoded weights held at a time of a weight as it is stored."""
-_TILE = 128
-"""Rows and tokens of a tile of cuBLAS: where as many as there are multiprocessors fit, it splits no sums."""
 _ALIGNED = 8
 """Channels of 16 bytes: of rows that do not begin with them, cuBLAS splits sums all the same, and rounds the parts."""
 
@@ -45,15 +44,15 @@ def linear(
         slices: first row and decoded rows of each.
         oc, gate: rows of the weight, and how gate and up become one, or 0.
     """
-    n, sms = x.shape[0], hardware.of_device(x.get_device()).sms
+    chip = hardware.of_device(x.get_device())
     whole = not gate and (bias is None or residual is None) and x.shape[1] % _ALIGNED == 0
     first = next(slices)
-    if not whole or -(-n // _TILE) * -(-first[1].shape[0] // _TILE) < sms:
+    if not whole or splits_sums(first[1].shape[0], x.shape[0], chip):
         target = str(x.dtype).removeprefix("torch.")
         finish = jit.get(dense.finish_source(target, 0, gate), x.device)
         every = _chained(first, slices)
         return dequantized.finished(x, every, finish, 0, bias, oc, residual, gate, 1.0)
-    y = x.new_empty(n, oc)
+    y = x.new_empty(x.shape[0], oc)
     for at, decoded in _chained(first, slices):
         last = at + decoded.shape[0]
         if residual is not None:

@@ -1,4 +1,8 @@
-"""Many tokens where no fused kernel takes them: slices of the weight are decoded for cuBLAS, whose sums are scaled."""
+"""Many tokens where no fused kernel takes them: slices of the weight are decoded for cuBLAS, whose sums are scaled.
+
+A weight that keeps outliers is decoded whole, scales and outliers included, where that is predicted to take less time
+than to gather what outliers meet (`tune.decodes_beside`); then cuBLAS rounds.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +10,12 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from tersor.kernels import dense, jit
+from tersor.kernels import dense, jit, tune
 from tersor.kernels.jit import Function
+from tersor.layouts import PackedWeight
 from tersor.layouts.blocks import BLOCK_OC, UNIT_OC
 from tersor.layouts.gated import gated_channels
+from tersor.layouts.outliers import rounds_of
 from tersor.ops import current
 from tersor.ops.prepared import WeightType
 
@@ -73,6 +79,36 @@ def finished(
             factor=factor,
         )
     return y
+
+
+def with_outliers(weight: PackedWeight, of: WeightType) -> Iterator[tuple[int, torch.Tensor]]:
+    """Yield the first row and the decoded rows, [rows, IC], of each slice of a weight with arranged outliers.
+
+    Rows are in the dtype that the weight is laid out for, which scaled weights are rounded to; a slice overwrites the
+    last one. `of` is the type of the dense part.
+    """
+    kept, (oc, ic), index = weight.arranged, weight.shape, weight.data.get_device()
+    outliers = weight.scheme.outliers
+    assert kept is not None and outliers is not None and of.packing is not None
+    decode = jit.get(dense.dequantize_source(of.packing, rounds_of(outliers, ic)), index)
+    height = tune.slice_rows(oc, ic)
+    scratch = torch.empty(height, ic, dtype=getattr(torch, of.packing.target), device=weight.data.device)
+    for first_oc in range(0, oc, height):
+        slice_oc = min(height, oc - first_oc)
+        dense.launch_dequantize(
+            decode,
+            current.stream(index),
+            weight=weight.data.data_ptr(),
+            scale=weight.scale.data_ptr(),
+            scratch=scratch.data_ptr(),
+            first_block=first_oc // BLOCK_OC,
+            oc=slice_oc,
+            ic=ic,
+            factor=of.factor,
+            kept=kept.data_ptr(),
+            weight_oc=oc,
+        )
+        yield first_oc, scratch[:slice_oc]
 
 
 def input_grad(grad: torch.Tensor, data: torch.Tensor, scale: torch.Tensor, of: WeightType) -> torch.Tensor:

@@ -57,10 +57,10 @@ def linear(
     """Multiply activations with a packed weight: y = x @ W^T + bias + residual.
 
     Sums are float32 and scales are applied to the sums, so the result is at least as exact as a float32 product with
-    the decoded weight, rounded once (two exceptions: scales in groups where `explain` says `dequantize + cuBLAS`, and
-    pruned weights where it is `decompress + cuBLAS`: there scaled weights are rounded to x's dtype first). x, bias and
-    residual have gradients (`ops.gradient`). Under torch.autocast they are cast as `torch.nn.functional.linear` casts
-    them.
+    the decoded weight, rounded once (three exceptions: scales in groups where `explain` says `dequantize + cuBLAS`,
+    pruned weights where it is `decompress + cuBLAS`, and many tokens beside outliers (`tune.decodes_beside`): there
+    scaled weights are rounded to x's dtype first). x, bias and residual have gradients (`ops.gradient`). Under
+    torch.autocast they are cast as `torch.nn.functional.linear` casts them.
 
     Args:
         x: [..., IC], float16, bfloat16, float32 or float64 (whose sums are float64), any strides.

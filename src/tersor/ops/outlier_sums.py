@@ -1,6 +1,9 @@
 """What outliers add to a product on a GPU: in the fused kernel of compute capability 9.0, else in one ahead of it.
 
-The one ahead reads activations turned, eight tokens of a channel at a time, unless there are at most four. It serves
+Of many tokens the weight is decoded instead, with its outliers, for cuBLAS, where that is predicted to take less time
+(`tune.decodes_beside`); weights that have scales are rounded to the activations' dtype then.
+
+The kernel ahead reads activations turned, eight tokens of a channel at a time, unless there are at most four. It serves
 older GPUs, the batch-invariant mode, in which the fused kernel's choice of tiles is another, and outliers that the
 activations' dtype does not have.
 """
@@ -18,7 +21,7 @@ from tersor.kernels.jit import KernelSource
 from tersor.layouts import PackedWeight
 from tersor.layouts.outliers import rounds_of
 from tersor.layouts.packing import LAYOUTS, Packing
-from tersor.ops import current, mode, prepared, serve, tensors
+from tersor.ops import current, decompressed, dequantized, dispatch, mode, prepared, serve, tensors
 from tersor.ops.norm import TARGETS, launched_early
 
 _sums = functools.lru_cache(1024)(outliers.prepare_sums)
@@ -26,7 +29,7 @@ _turn = functools.lru_cache(1024)(outliers.prepare_turn)
 
 
 def inside(weight: PackedWeight, dtype: torch.dtype, capability: tuple[int, int]) -> bool:
-    """Tell whether fused kernels add outliers themselves, in the current mode, where these are arranged for them.
+    """Tell whether kernels take outliers in their own order, in the current mode, where these are arranged for them.
 
     Args:
         weight: with outliers, or the dense part.
@@ -59,12 +62,16 @@ def sources(weight: PackedWeight, dtype: torch.dtype, tokens: int, chip: Chip) -
     n, complete = 0, kept.dtype == TARGETS[dtype]
     while n < tokens:
         n = tune.filled(n + 1)
-        config = tune.choose_beside(tune.LinearProblem.of(packing, own.shape, n), rounds, chip)
-        if config is None:
+        problem = tune.LinearProblem.of(packing, own.shape, n)
+        config = tune.choose_beside(problem, rounds, chip)
+        if tune.decodes_beside(problem, rounds, chip):
+            asked = [dense.dequantize_source(packing, rounds), dense.finish_source(TARGETS[dtype], 0)]
+        elif config is None:
             complete = False
             continue
-        source = dense.fused_source(packing, TARGETS[dtype], config, outliers=rounds)
-        found += [source] if source not in found else []
+        else:
+            asked = [dense.fused_source(packing, TARGETS[dtype], config, outliers=rounds)]
+        found += [source for source in asked if source not in found]
     return found if complete else [*found, *outliers.sources(TARGETS[dtype], kept.dtype, tokens)], complete
 
 
@@ -75,7 +82,7 @@ def multiply(
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
 ) -> torch.Tensor | None:
-    """Return the product where one fused kernel makes all of it, else `None`.
+    """Return the product where a fused kernel or cuBLAS makes all of it, else `None`.
 
     Args:
         x: [..., IC] on a GPU that has kernels, at least one token.
@@ -91,6 +98,8 @@ def multiply(
             return multiply(x, weight, own, bias, residual)
     key = (n, x.dtype, index, True, 0, prepared.mode_key(now, 0, rounds_of(kept, ic)))
     chosen = prepared.type_of(own).prepared(key, now)
+    if chosen.decision.kernel == dispatch.DEQUANTIZE:
+        return decoded(x, weight, own, bias, residual)
     if chosen.launch is None:
         return None
     rows = tensors.rows_of(x, ic)
@@ -108,6 +117,24 @@ def multiply(
         x_scale=0,
         kept=weight.arranged.data_ptr(),
     )
+
+
+def decoded(
+    x: torch.Tensor,
+    weight: PackedWeight,
+    own: PackedWeight,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+) -> torch.Tensor:
+    """Return the product by cuBLAS with the decoded weight; arguments as for `multiply`, on the current device."""
+    oc, ic = weight.shape
+    rows = tensors.rows_of(x, ic)
+    if rows.data_ptr() % 16 or rows.stride(0) % 8:
+        rows = tensors.aligned_rows(x, ic)
+    added = None if residual is None else tensors.contiguous(residual).view(-1, oc)
+    slices = dequantized.with_outliers(weight, prepared.type_of(own))
+    y = decompressed.linear(rows, slices, None if bias is None else bias.contiguous(), oc, added, 0)
+    return y.view(*x.shape[:-1], oc)
 
 
 def add(x: torch.Tensor, weight: PackedWeight, residual: torch.Tensor | None) -> torch.Tensor:

@@ -4,9 +4,10 @@ The dense part is multiplied as the weight that it is, and what the outliers add
 definition, x @ dense^T + x @ outliers^T + bias, summed in float32, then the gate, then the residual, rounded once. It
 is made of operators that dispatch, so that gradients, torch.compile and autocast are theirs.
 
-On compute capability 9.0 the fused kernel adds them to its sums. Elsewhere a small one ahead of it sums up the
-outliers of every row together with the residual, in float32, and rounds that to the dtype of the activations; the dense
-kernel adds it as its residual (`ops.outlier_sums`). So a result is rounded twice there. A gate is applied by itself.
+On compute capability 9.0 the fused kernel adds them to its sums or, of many tokens, cuBLAS multiplies with a decoded
+weight that has them. Elsewhere a small kernel ahead of it sums up the outliers of every row together with the residual,
+in float32, and rounds that to the dtype of the activations; the dense kernel adds it as its residual
+(`ops.outlier_sums`). So a result is rounded twice there. A gate is applied by itself.
 
 `tersor::outlier_linear` is the same product as one operator with a meta twin, for who traces a model and runs it
 without gradients: a trace of `multiply` holds what the sums are made of.

@@ -145,7 +145,7 @@ class WeightType:
             if norm:
                 chosen = self._of_few(n, wanted, device)
             elif outliers:
-                chosen = self._beside(n, outliers, wanted, device)
+                chosen = self._beside(found, n, outliers, wanted, device)
             if chosen is not None:
                 self._add_launches(found, chosen, n, index, dtype, aligned, gate, norm, outliers)
         return found
@@ -159,15 +159,20 @@ class WeightType:
         return tune.choose_normed(tune.LinearProblem.of(self.packing, (self.oc, self.ic), n), chip)
 
     def _beside(
-        self, n: int, rounds: int, wanted: tune.LinearConfig | None, device: torch.device
+        self, found: Prepared, n: int, rounds: int, wanted: tune.LinearConfig | None, device: torch.device
     ) -> tune.LinearConfig | None:
-        """Return how a kernel that adds outliers runs; `None` where there is none."""
+        """Return how a kernel that adds outliers runs; `None` where there is none, or where the decision is changed to
+        decoding the weight."""
         assert self.packing is not None
         problem = tune.LinearProblem.of(self.packing, (self.oc, self.ic), n)
         if wanted is not None:
             return wanted if tune.takes_outliers(wanted, rounds, problem) else None
         chip = dispatch.kernel_chip(device)
         assert chip is not None
+        if tune.decodes_beside(problem, rounds, chip):
+            sentence = "{} tokens are predicted to take less with a decoded weight than outliers that are gathered"
+            found.decision = dispatch.Decision(dispatch.DEQUANTIZE, None, sentence, (n,))
+            return None
         return tune.choose_beside(problem, rounds, chip)
 
     def _add_launches(

@@ -1,5 +1,6 @@
 """Which tile for this shape on this chip? Pure functions from a problem to a configuration, and measured choices."""
 
+from tersor.kernels.tune.beside import decodes_beside, slice_rows, splits_sums
 from tersor.kernels.tune.choice import (
     MOST_NORMED,
     ROUND_ROW_BYTES,
@@ -27,11 +28,14 @@ __all__ = [
     "choose",
     "choose_beside",
     "choose_normed",
+    "decodes_beside",
     "filled",
     "fused",
     "launched",
     "predict",
     "seconds",
+    "slice_rows",
+    "splits_sums",
     "takes_norms",
     "takes_outliers",
     "tile_takes_outliers",

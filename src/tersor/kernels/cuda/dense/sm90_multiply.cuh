@@ -64,7 +64,7 @@ __device__ __forceinline__ void multiply_few(
     // Where this lane finds row (token) lane % 8 of the 16-byte column lane / 8, under the swizzle; column 4 + lane / 8 is
     // 64 bytes before or after.
     const u32 chunk = kept(lane % 8 * 128 + (lane / 8 ^ lane % 8) * 16);
-    const u32 own_kept = kRowGroups * (tile::kUnitBytes + kScaleBytes) + warp * OUTLIERS * kRoundBytes;
+    const u32 own_kept = kRowGroups * (tile::kUnitBytes + kScaleBytes) + warp * OUTLIERS * rounds::kBytes;
     const auto flush = [&](int rows, float low, float high) {
         if constexpr (kOutliers) {
             const int own = first_row + rows * tile::kUnitRows + warp * tile::kRows + row;
@@ -144,7 +144,7 @@ __device__ __forceinline__ void multiply_few(
 #pragma unroll
             for (int rows = 0; rows < kRowGroups; ++rows) {
                 beside.add(sums[rows], rounds[rows], slot);
-                others |= beside.follows(rounds[rows]);
+                others |= rounds::follows(rounds[rows]);
             }
             if (others) {
 #pragma unroll
@@ -192,7 +192,7 @@ __device__ __forceinline__ void multiply_blocks(
         for (int i = 0; i < kSums; ++i) part[i] = 0.0f;
     }
     const u32 own_kept =
-        kRowGroups * (tile::kUnitBytes + kScaleBytes) + row_group * kKeptBytes + warp * OUTLIERS * kRoundBytes;
+        kRowGroups * (tile::kUnitBytes + kScaleBytes) + row_group * kKeptBytes + warp * OUTLIERS * rounds::kBytes;
     WeightRing::Place weights_at(use);
     XRing::Place x_at(use * kSlotsOfBlock), x_before = x_at;
     for (int block = 0; block < count; ++block) {
@@ -208,7 +208,7 @@ __device__ __forceinline__ void multiply_blocks(
         const auto add_outliers = [&](float (&to)[kSums]) {
             const u32 slot = xs.address(x_at) - xs.base;
             beside.add(to, round, slot);
-            if (beside.follows(round)) beside.add_others(to, round, stage + own_kept, slot);
+            if (rounds::follows(round)) beside.add_others(to, round, stage + own_kept, slot);
         };
 #pragma unroll
         for (int set = 0; set < kSets; ++set) {

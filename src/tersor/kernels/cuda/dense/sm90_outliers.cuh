@@ -1,19 +1,9 @@
-// What a weight keeps beside its codes, in the order of tersor/layouts/outliers.py: the warps that multiply gather the
-// activations that outliers meet from the slots that their blocks meet anyway, and the tensor cores add up the products.
+// What a weight keeps beside its codes (outlier_rounds.cuh): the warps that multiply gather the activations that outliers
+// meet from the slots that their blocks meet anyway, and the tensor cores add up the products.
 //
-// A round is up to 16 outliers of one block of 16 rows by 128 channels. They are the columns of A[16, 16], each with one
-// number that is not zero, and their activations the rows of B[16, tokens], so that mma.sync adds them to fragments of sums
-// like any others. In shared memory a block has OUTLIERS rounds, which come with its codes; further ones, which a lane
-// reads where they lie in memory, are for the few blocks that have most. They follow each other, and the last of a block
-// in shared memory says where they begin.
-//
-//     round        [4] of two pairs each, of lane % 4: numbers, places, numbers, places: 64 bytes
-//     numbers      two 16-bit floats
-//     places       of each: bits 1 to 6: channel of the half, 7 to 9 and 14: row, 10 to 13, all the same: which half;
-//                  bits 0 and 15: of the first places of a round whether another one follows, in bit 0 of the first; the
-//                  other seven a part of the number of a block's first further round
-//     all          [kept_units][blocks][4 blocks of 16 rows][OUTLIERS] rounds, [kept_units + 1] numbers of the first further round
-//                  of a unit, up to whole 16 bytes, further rounds
+// The outliers of a round are the columns of A[16, 16], each with one number that is not zero, and their activations the
+// rows of B[16, tokens], so that mma.sync adds them to fragments of sums like any others. A block's own rounds come to
+// shared memory with its codes; further ones a lane reads where they lie in memory.
 //
 // Parameter: OUTLIERS (rounds of a block in shared memory; 0: the weight keeps none).
 #ifndef TERSOR_DENSE_SM90_OUTLIERS  // of a row set: may be read again for another (mixed/sm90_level.cuh)
@@ -22,45 +12,40 @@
 #include "common/ptx.cuh"
 #include "common/scales.cuh"
 #include "common/tile.cuh"
+#include "dense/outlier_rounds.cuh"
 #include "dense/sm90_pipeline.cuh"
 
 namespace linear {
 
 constexpr bool kOutliers = OUTLIERS > 0;
-constexpr int kRoundBytes = 64;
 static_assert(!kOutliers || !(kBytewise || kPlaced || kNormIn || kNormOut), "beside 16-bit activations and nothing else");
-static_assert(kKeptBytes == OUTLIERS * tile::kUnitBlocks * kRoundBytes, "what the slots have room for");
+static_assert(kKeptBytes == OUTLIERS * tile::kUnitBlocks * rounds::kBytes, "what the slots have room for");
 
-// Units that have rounds: behind the last one there are as many as a tile may have beyond it, without outliers.
-template <typename Work>
-__device__ __forceinline__ int kept_units(const Work& work) {
-    constexpr int kBeyond = 2;
-    static_assert(!kOutliers || (kRowGroups <= kBeyond + 1 && kCluster == 1), "rows of a tile behind the last one");
-    return (work.oc + tile::kUnitRows - 1) / tile::kUnitRows + kBeyond;
-}
+static_assert(rounds::kUnitRows == tile::kUnitRows, "rounds lie as codes do");
+static_assert(!kOutliers || (kRowGroups <= rounds::kBeyond + 1 && kCluster == 1), "rows of a tile behind the last one");
 
 // Where the numbers of the first further rounds begin, and those rounds themselves.
 template <typename Work>
 __device__ __forceinline__ const u32* firsts(const char* kept, const Work& work) {
-    return reinterpret_cast<const u32*>(kept + static_cast<long long>(kept_units(work)) * work.blocks() * kKeptBytes);
+    return rounds::firsts(kept, work.oc, work.blocks(), kKeptBytes);
 }
 template <typename Work>
-__device__ __forceinline__ const uint4* further(const char* kept, const Work& work) {
-    return reinterpret_cast<const uint4*>(firsts(kept, work) + (kept_units(work) + 4) / 4 * 4);
+__device__ __forceinline__ const char* further(const char* kept, const Work& work) {
+    return rounds::further(kept, work.oc, work.blocks(), kKeptBytes);
 }
 
 // The warps that multiply: the further rounds of all items go to L2 while the rings fill, each item's by a warp.
 template <typename Work>
 __device__ __forceinline__ void fetch_further(const char* kept, const Work& work, int rank) {
-    const char* rounds = reinterpret_cast<const char*>(further(kept, work));
+    const char* first_round = further(kept, work);
     u32 turn = 0;
     for_items(work, rank, [&](const Item& item) {
         if (turn++ % (kConsumers / 32) != threadIdx.x / 32) return;
         const u32* first = firsts(kept, work) + item.first_row / tile::kUnitRows;
         const u32 last = __ldg(first + kRowGroups);
         for (u32 i = __ldg(first) + threadIdx.x % 32; i < last; i += 32) {
-            ptx::prefetch(rounds + static_cast<long long>(i) * kRoundBytes);
-            ptx::prefetch(rounds + static_cast<long long>(i) * kRoundBytes + kRoundBytes / 2);
+            ptx::prefetch(first_round + static_cast<long long>(i) * rounds::kBytes);
+            ptx::prefetch(first_round + static_cast<long long>(i) * rounds::kBytes + rounds::kBytes / 2);
         }
     });
 }
@@ -123,36 +108,30 @@ struct Beside {
         return row < work.oc ? scales::of_row(row_scales, row) * factor : 0.0f;
     }
 
-    // The first round of a block of 16 rows whose rounds begin at `rounds`.
-    __device__ __forceinline__ uint4 first(const char* rounds) const {
-        return *reinterpret_cast<const uint4*>(rounds + quad);
+    // The first round of a block of 16 rows whose rounds begin at `own`.
+    __device__ __forceinline__ uint4 first(const char* own) const {
+        return *reinterpret_cast<const uint4*>(own + quad);
     }
     // Adds what a round makes with the tokens of the slot that begins at `slot`.
     __device__ __forceinline__ void add(float (&sums)[kSums], const uint4& round, u32 slot) const {
         add_round(sums, round, slots, slot + x, row);
     }
     // The same of all rounds behind the first one.
-    __device__ __forceinline__ void add_others(float (&sums)[kSums], uint4 round, const char* rounds, u32 slot) const {
+    __device__ __forceinline__ void add_others(float (&sums)[kSums], uint4 round, const char* own, u32 slot) const {
 #pragma unroll 1
-        for (int i = 1; i < OUTLIERS && follows(round); ++i) {
-            round = first(rounds + i * kRoundBytes);
+        for (int i = 1; i < OUTLIERS && rounds::follows(round); ++i) {
+            round = first(own + i * rounds::kBytes);
             add(sums, round, slot);
         }
-        if (!follows(round)) return;
-        const u32 part = (round.y >> 15 & 3) | (round.y >> 31) << 2 | (round.w & 1) << 3 | (round.w >> 15 & 3) << 4 |
-                         (round.w >> 31) << 6;
-        u32 number = 0;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) number |= __shfl_sync(~0u, part, i) << 7 * i;
-        const char* next = reinterpret_cast<const char*>(further(kept, work)) + static_cast<long long>(number) * kRoundBytes;
+        if (!rounds::follows(round)) return;
+        const char* next = further(kept, work) + static_cast<long long>(rounds::first_further(round)) * rounds::kBytes;
 #pragma unroll 1
         do {
             round = __ldg(reinterpret_cast<const uint4*>(next + quad));
-            next += kRoundBytes;
+            next += rounds::kBytes;
             add(sums, round, slot);
-        } while (follows(round));
+        } while (rounds::follows(round));
     }
-    __device__ __forceinline__ static bool follows(const uint4& round) { return round.y & 1; }
 };
 
 }  // namespace linear

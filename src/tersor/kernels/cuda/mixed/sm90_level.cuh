@@ -55,6 +55,7 @@
 #include "common/ring.cuh"
 #include "common/tensor_map.cuh"
 #include "common/wgmma.cuh"
+#include "dense/outlier_rounds.cuh"
 #include "mixed/sm90_call.cuh"
 
 namespace TERSOR_OF_LEVEL(level) {
