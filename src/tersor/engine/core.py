@@ -259,7 +259,7 @@ class Core:
                 if self._open.get(one.output.request_id) is one:
                     del self._open[one.output.request_id]
             elif partial:
-                outputs.append(_copied(one.output))
+                outputs.append(one.output.copied())
         return outputs
 
     def check_grammar(self, grammar: Mapping[str, Any]) -> None:
@@ -358,12 +358,3 @@ class Core:
 def _at_length_1(state: NDArray[np.float32]) -> NDArray[np.float32]:
     """Return a row divided by its Euclidean norm; by itself, so that no other request changes a bit of it."""
     return state / max(np.linalg.norm(state), _LEAST)
-
-
-def _copied(output: RequestOutput) -> RequestOutput:
-    """Return an output that does not grow any more."""
-    outputs = [
-        replace(one, token_ids=one.token_ids.copy(), logprobs=None if one.logprobs is None else one.logprobs.copy())
-        for one in output.outputs
-    ]
-    return replace(output, outputs=outputs)
