@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from tersor.engine.balance import ROW, Held, choose, pages_of
 from tersor.engine.boxes import Box, Boxes
 from tersor.engine.children import RESTARTS, Children
-from tersor.engine.news import begun, grow
+from tersor.engine.news import News, begun, grow
 from tersor.engine.one_copy import Abort, Ask, Asked, Check, Checked, Failed, Load, Ready, Step, work
 from tersor.engine.outputs import RequestOutput
 from tersor.engine.params import SamplingParams
@@ -34,6 +34,10 @@ if TYPE_CHECKING:
 
 _GRACE = 10.0
 """Seconds that processes have to end before they are made to."""
+
+_CLOSED = "the engine is closed"
+_PAGES = ("pages_used", "pages_free", "pages_cached", "pages_pinned")
+"""Numbers of an engine that end with it, as those of requests do."""
 
 
 @dataclass(slots=True)
@@ -188,7 +192,7 @@ class Copies:
     ) -> AsyncIterator[RequestOutput]:
         """Answer one prompt."""
         if not self.healthy:
-            raise LostError("the engine is closed" if self._closing else "all copies of the model have ended")
+            raise LostError(_CLOSED if self._closing else "all copies of the model have ended")
         self._loop = asyncio.get_running_loop()
         prompt = list(prompt_token_ids)
         copy, shared = self._place(prompt, salt)
@@ -281,7 +285,8 @@ class Copies:
             while True:
                 word = copy.link.recv()
                 if isinstance(word, Step):
-                    self._post(self._deliver, copy, word)
+                    copy.stats = word.stats
+                    self._post(self._deliver, copy, word.news)
                 elif isinstance(word, Ready):
                     self._ready(copy, word)
                 elif isinstance(word, Checked):
@@ -308,14 +313,12 @@ class Copies:
         _give_up(copy)
         with self._lock:
             if self._closing:
-                error = TersorError("the engine is closed")
-                self._greetings.put(error)
-                self._post(self._end_open, copy, error)
+                self._greetings.put(LostError(_CLOSED))
+                self._post(self._end_open, copy, LostError(_CLOSED))
                 return
             failed, how = copy.failed, self._children.lost(copy.number)
-            error = TersorError(
-                f"copy {copy.number} of {self.count} ended{how}" + (f": {failed.line}" if failed else "")
-            )
+            why = "" if failed is None else f": {failed.line}"
+            error: TersorError = LostError(f"copy {copy.number} of {self.count} ended{how}{why}")
             if not self._begun:
                 self._greetings.put(InputError(failed.line) if failed is not None and failed.usage else error)
                 return
@@ -342,9 +345,8 @@ class Copies:
         copy.open.clear()
         copy.load = 0
 
-    def _deliver(self, copy: _Copy, word: Step) -> None:
-        copy.stats = word.stats
-        for name, news in word.news:
+    def _deliver(self, copy: _Copy, told: list[tuple[str, News | TersorError]]) -> None:
+        for name, news in told:
             opened = copy.open.get(name)
             if opened is None:  # its reader has left
                 continue
@@ -355,9 +357,6 @@ class Copies:
             opened.unread = 0
             grow(opened.output, news)
             opened.box.put(opened.output if opened.output.finished else opened.output.copied())
-
-
-_PAGES = ("pages_used", "pages_free", "pages_cached", "pages_pinned")
 
 
 def _give_up(copy: _Copy) -> None:

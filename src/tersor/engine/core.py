@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from tersor.engine.grammar import Grammars, Matcher
 from tersor.engine.options import resolved, seed_of
 from tersor.engine.outputs import ABORT, ERROR, STOP, Logprob, Logprobs, RequestOutput
 from tersor.engine.params import SamplingParams
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from tersor import ops
+    from tersor.engine.grammar import Grammars, Matcher
     from tersor.engine.workers import Team
 
 
@@ -276,6 +276,8 @@ class Core:
             if self._grammars is None:
                 if self.tokenizer is None:
                     raise UnsupportedError("texts that match a grammar need a tokenizer")
+                from tersor.engine.grammar import Grammars
+
                 self._grammars = Grammars(self.tokenizer, self.vocabulary, self.eos)
             return self._grammars
 
