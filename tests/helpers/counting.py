@@ -1,4 +1,4 @@
-"""An engine whose model draws the length of each text, and copies of it in processes; without a tokenizer no text."""
+"""An engine whose model draws the length of each text, and copies of it in processes."""
 
 from __future__ import annotations
 
@@ -50,6 +50,20 @@ class Counting:
         return self.Launched(step)
 
 
+class Letters:
+    """A tokenizer whose tokens are letters."""
+
+    all_special_tokens: tuple[str, ...] = ()
+    added_tokens_decoder: dict[int, Any] = {}  # noqa: RUF012
+    bos_token_id = chat_template = None
+
+    def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
+        return {"input_ids": list(text.encode())}
+
+    def decode(self, tokens: list[int], **options: Any) -> str:
+        return "".join(chr(97 + token % 26) for token in tokens)
+
+
 def core(tokenizer: Any = None, failing: int = 1 << 30, pages: int = 30_000, seconds: float = 0.0) -> Core:
     """Return a core that counts."""
     limits = Limits(pages=pages, page_size=4, context=CONTEXT, max_rows=64, max_step_tokens=256)
@@ -72,12 +86,14 @@ class Load:
     """Loads such a model; see `core` for the options. Copy `broken` raises what `how` names.
 
     Attributes:
+        letters: whether it has a tokenizer.
         late: seconds that loading takes.
     """
 
     options: dict[str, Any] = field(default_factory=dict)
     broken: int | None = None
     how: str = "usage"
+    letters: bool = False
     late: float = 0.0
 
     def __call__(self, number: int) -> Loaded:
@@ -85,7 +101,7 @@ class Load:
             raise InputError("there is no\nsuch model") if self.how == "usage" else KernelError("it does not launch")
         time.sleep(self.late)
         info: Any = ModelInfo("counting", CONTEXT, 300, None)  # type: ignore[arg-type]
-        return Loaded(core(**self.options), info)
+        return Loaded(core(Letters() if self.letters else None, **self.options), info)
 
 
 @contextmanager
