@@ -113,7 +113,7 @@ def answer_file(
     """
     if config.ranks > 1 and options.ray is not None:
         raise InputError(f"{config.ranks_said}, and engines are actors of Ray: those have a GPU each")
-    check_count(config, options.data_parallel)
+    check_count(options.data_parallel)
     if follows(config):
         LLM(model, revision=revision, **asdict(config))  # ends the process
     with open_source(model, revision=revision) as opened:

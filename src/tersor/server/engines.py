@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 
+from torch import distributed
+
 from tersor.engine.config import EngineConfig
-from tersor.engine.workers import by_torchrun
 from tersor.errors import InputError
 from tersor.hardware import resolve_device
 from tersor.llm import LLM
@@ -38,14 +39,14 @@ class LoadModel:
         return LLM(self.model, revision=self.revision, **asdict(config))
 
 
-def check_count(config: EngineConfig, count: int) -> None:
-    """Hold that several engines are started here.
+def check_count(count: int) -> None:
+    """Hold that several engines can be started here.
 
     Raises:
-        InputError: torchrun started the ranks of one.
+        InputError: torchrun started this process, and others that would do the same.
     """
-    if count > 1 and by_torchrun(config):
-        raise InputError(f"data_parallel is {count}, and torchrun started the ranks of one engine")
+    if count > 1 and distributed.is_torchelastic_launched():
+        raise InputError(f"data_parallel is {count}, and torchrun started this process: several engines go without it")
 
 
 def of_several(model: str, revision: str | None, config: EngineConfig, count: int, threads: int) -> LoadModel:

@@ -101,7 +101,7 @@ def serve_model(
     from tersor.llm import LLM
     from tersor.server.engines import check_count
 
-    check_count(config, copies)
+    check_count(copies)
     if follows(config):
         LLM(model, revision=revision, **asdict(config))  # ends the process
     with bind(options) as place, ExitStack() as stack:
