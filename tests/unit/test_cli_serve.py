@@ -114,8 +114,8 @@ def test_ranks_answer_together_and_end_with_the_server(monkeypatch: pytest.Monke
 SCHEMA = {"type": "object", "properties": {"a": {"enum": ["x"]}}, "required": ["a"], "additionalProperties": False}
 
 
-def asked(url: str) -> list[Any]:
-    """What is answered to greedy prompts, at once, and to one whose state is asked for."""
+def asked(url: str) -> tuple[list[Any], list[float]]:
+    """What is answered to greedy prompts, at once, and the state of another."""
     prompts = [f"The rule of number {number} is" for number in range(8)]
     body = {"max_tokens": 12, "temperature": 0, "logprobs": 1}
     with httpx.Client(base_url=url, timeout=60) as client, ThreadPoolExecutor(8) as pool:
@@ -125,14 +125,15 @@ def asked(url: str) -> list[Any]:
             return found["choices"][0]["text"], found["choices"][0]["logprobs"]["tokens"], found["usage"]
 
         state = client.post("/v1/embeddings", json={"input": "The rule"}).json()["data"][0]["embedding"]
-        return [*pool.map(ask, prompts), pytest.approx(state, abs=1e-5)]
+        return list(pool.map(ask, prompts)), state
 
 
 def test_copies_answer_as_one_model_does_and_one_that_is_killed_takes_nobody_with_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with begun(WORDS, monkeypatch) as server:
-        wanted = asked(server.url)
+        texts, state = asked(server.url)
+    wanted = (texts, pytest.approx(state, abs=1e-5))
     capsys.readouterr()
     with begun([*WORDS, "--data-parallel", "2"], monkeypatch) as server:
         assert len(multiprocessing.active_children()) == 2
