@@ -14,7 +14,7 @@ import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
@@ -36,8 +36,6 @@ _GRACE = 10.0
 """Seconds that processes have to end before they are made to."""
 
 _CLOSED = "the engine is closed"
-_PAGES = ("pages_used", "pages_free", "pages_cached", "pages_pinned")
-"""Numbers of an engine that end with it, as those of requests do."""
 
 
 @dataclass(slots=True)
@@ -235,10 +233,12 @@ class Copies:
             self._closing = True
         for copy in self._copies:
             copy.asked.put(None)
-        self._children.wait(_GRACE)
-        for thread in self._threads:
-            thread.join()
-        self._children.close()
+        try:
+            self._children.wait(_GRACE)
+            for thread in self._threads:
+                thread.join()
+        finally:  # also where somebody interrupts
+            self._children.close()
 
     def _place(self, prompt: list[int], salt: str | None) -> tuple[_Copy, int]:
         """Return the copy that is to answer, and how many tokens of the prompt it holds.
@@ -292,7 +292,7 @@ class Copies:
                 elif isinstance(word, Checked):
                     _answer(copy.checks.pop(word.number), word.error)
                 else:
-                    copy.failed = word
+                    copy.failed, copy.state = word, LOST
         except (EOFError, OSError):
             pass
         finally:
@@ -308,7 +308,7 @@ class Copies:
 
     def _lost(self, copy: _Copy) -> None:
         """See to it that nobody waits for a copy that has ended, and start it again."""
-        copy.state = LOST
+        copy.state, copy.stats = LOST, copy.stats.ended()
         copy.asked.put(None)
         _give_up(copy)
         with self._lock:
@@ -324,9 +324,7 @@ class Copies:
                 return
             again = self._children.again(copy.number)
             if again:
-                before = replace(copy.counted, running=0, waiting=0, **dict.fromkeys(_PAGES, 0))
-                link = self._children.links[copy.number]
-                self._copies[copy.number] = self._follow(copy.number, link, before)
+                self._copies[copy.number] = self._follow(copy.number, self._children.links[copy.number], copy.counted)
             else:
                 self._gone.add(copy.number)
         open_ = "1 request" if len(copy.open) == 1 else f"{len(copy.open)} requests"

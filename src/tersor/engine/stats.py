@@ -38,6 +38,15 @@ class EngineStats:
     generated_tokens: int = 0
     preemptions: int = 0
 
+    def ended(self) -> EngineStats:
+        """Return what is left of them when the engine has ended: what only grows."""
+        return EngineStats(
+            prompt_tokens=self.prompt_tokens,
+            cached_tokens=self.cached_tokens,
+            generated_tokens=self.generated_tokens,
+            preemptions=self.preemptions,
+        )
+
 
 ANSWERS, STARTS, LOST = "answers", "starts", "lost"
 """How a copy stands: it answers; its process loads the model; its process has ended and is not started again."""
