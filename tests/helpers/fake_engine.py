@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tersor.engine.outputs import ABORT, ERROR, LENGTH, Logprob, Logprobs, RequestOutput
 from tersor.engine.params import SamplingParams
 from tersor.engine.protocol import ModelInfo
-from tersor.engine.stats import EngineStats
+from tersor.engine.stats import CopyStats, EngineStats
 from tersor.engine.stream import Stream
 from tersor.errors import InputError, TersorError
 
@@ -52,6 +52,7 @@ class FakeEngine:
         aborted: names that `abort` was called with.
         steps: steps made.
         broken: text of prompts that fail alone when they run.
+        of_copies: what it says of copies.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class FakeEngine:
         self._loop: asyncio.Task[None] | None = None
         self._prompt_tokens = self._cached = self._generated = 0
         self.closed = False
+        self.of_copies: list[CopyStats] = []
 
     @property
     def info(self) -> ModelInfo:
@@ -102,6 +104,9 @@ class FakeEngine:
             cached_tokens=self._cached,
             generated_tokens=self._generated,
         )
+
+    def copies(self) -> Sequence[CopyStats]:
+        return self.of_copies
 
     async def abort(self, request_id: str) -> None:
         self.aborted.append(request_id)

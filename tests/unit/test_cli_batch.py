@@ -30,6 +30,7 @@ from tersor.engine.batch_file import Progress
 from tersor.engine.config import EngineConfig
 from tersor.errors import InputError, TersorError
 from tersor.server import batch as server_batch
+from tersor.server import engines as server_engines
 
 
 def ask(number: int, **body: Any) -> dict[str, Any]:
@@ -171,7 +172,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)
     model = tersor.LLM(TINY, device="cpu", max_length=256, max_rows=8, kv_bytes=1 << 22)
     monkeypatch.setattr(model, "close", lambda: None)
-    monkeypatch.setattr(server_batch, "LLM", lambda *given, **options: model)
+    monkeypatch.setattr(server_engines, "LLM", lambda *given, **options: model)
     monkeypatch.setattr(server_batch, "load_tokenizer", lambda *given, **options: model.tokenizer)
 
 
@@ -286,7 +287,7 @@ def test_engines_in_processes_and_ranks_answer_the_same(tmp_path: Path, stages: 
 def test_engines_that_have_no_device_each_are_refused(
     device: str, stages: int, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server_batch, "resolve_device", lambda device: torch.device("cuda"))
+    monkeypatch.setattr(server_engines, "resolve_device", lambda device: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     options = server_batch.BatchOptions(data_parallel=3)
     with ExitStack() as stack, pytest.raises(InputError, match=message):

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -19,8 +20,11 @@ from helpers.tiny_lm import TINY
 from helpers.usage import refused_in_one_line
 
 from tersor.cli.main import run
+from tersor.engine.config import EngineConfig
+from tersor.engine.copies import Copies
 from tersor.engine.protocol import AsyncEngine
-from tersor.server import serving
+from tersor.errors import InputError
+from tersor.server import engines, serving
 from tersor.server.options import ServerOptions
 
 WORDS = ["serve", str(TINY), "--device", "cpu", "--port", "0"]
@@ -105,6 +109,102 @@ def test_ranks_answer_together_and_end_with_the_server(monkeypatch: pytest.Monke
             texts.append(httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).json()["choices"][0]["text"])
         assert not multiprocessing.active_children()
     assert texts[0] == texts[1]
+
+
+SCHEMA = {"type": "object", "properties": {"a": {"enum": ["x"]}}, "required": ["a"], "additionalProperties": False}
+
+
+def asked(url: str) -> tuple[list[Any], list[float]]:
+    """What is answered to greedy prompts, at once, and the state of another."""
+    prompts = [f"The rule of number {number} is" for number in range(8)]
+    body = {"max_tokens": 12, "temperature": 0, "logprobs": 1}
+    with httpx.Client(base_url=url, timeout=60) as client, ThreadPoolExecutor(8) as pool:
+
+        def ask(prompt: str) -> Any:
+            found = client.post("/v1/completions", json={**body, "prompt": prompt}).json()
+            return found["choices"][0]["text"], found["choices"][0]["logprobs"]["tokens"], found["usage"]
+
+        state = client.post("/v1/embeddings", json={"input": "The rule"}).json()["data"][0]["embedding"]
+        return list(pool.map(ask, prompts)), state
+
+
+def test_copies_answer_as_one_model_does_and_one_that_is_killed_takes_nobody_with_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with begun(WORDS, monkeypatch) as server:
+        texts, state = asked(server.url)
+    wanted = (texts, pytest.approx(state, abs=1e-5))
+    capsys.readouterr()
+    with begun([*WORDS, "--data-parallel", "2"], monkeypatch) as server:
+        assert len(multiprocessing.active_children()) == 2
+        assert asked(server.url) == wanted
+        assert all(copy.engine.prompt_tokens > 20 for copy in server.engine.copies())
+        with httpx.Client(base_url=server.url, timeout=60) as client:
+            if importlib.util.find_spec("xgrammar") is not None:
+                held = {"prompt": "Give", "max_tokens": 30, "temperature": 0}
+                for schema, status in ((SCHEMA, 200), ({"type": "nothing"}, 400)):
+                    form = {"type": "json_schema", "json_schema": {"name": "it", "schema": schema}}
+                    found = client.post("/v1/completions", json={**held, "response_format": form})
+                    assert found.status_code == status
+            body = {"prompt": "The", "max_tokens": 1500, "ignore_eos": True, "stream": True}
+            with client.stream("POST", "/v1/completions", json=body) as response:
+                lines = (line for line in response.iter_lines() if line)
+                next(lines)
+                place = [copy.requests for copy in server.engine.copies()].index(1)
+                assert isinstance(server.engine, Copies)
+                server.engine._children._children[place].kill()  # type: ignore[attr-defined]
+                *_, error, done = lines
+            assert f"copy {place} of 2 ended by SIGKILL" in error and done == "data: [DONE]"
+            assert client.get("/health").json()["status"] in ("ok", "degraded")
+            assert 'tersor_copy_healthy{copy="' in client.get("/metrics").text
+        assert asked(server.url) == wanted
+    assert not multiprocessing.active_children()
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == f"tiny-lm answers at {server.url}, context 2048 tokens, 2 copies"
+    assert said[1] == f"copy {place} of 2 ended by SIGKILL; it had 1 request, and is started again"
+
+
+def test_copies_of_a_plan_are_served(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, seen = tmp_path / "plan.json", list[tuple[Any, int]]()
+    words = ["--devices", "6", "--chip", "h200", "--copies", "3", "--tensor-parallel", "2", "-o", str(out)]
+    assert run(["plan", str(TINY), *words]) == 0
+    monkeypatch.setattr(serving, "serve_model", lambda *given, **options: seen.append((given[2], options["copies"])))
+    assert run([*WORDS, "--plan", str(out)]) == 0
+    assert run(["run", str(out), *WORDS]) == 0
+    assert [(config.ranks, config.placement.data, copies) for config, copies in seen] == [(2, 1, 3)] * 2
+    assert run([*WORDS, "--data-parallel", "2", "--tensor-parallel", "2"]) == 0
+    assert (seen[-1][0].ranks, seen[-1][1]) == (2, 2)
+    capsys.readouterr()
+    words = [*WORDS, "--plan", str(out), "--data-parallel", "2"]
+    refused_in_one_line(words, 2, "--data-parallel is 2, and the plan is of 3 copies", monkeypatch, capsys)
+
+
+@pytest.mark.parametrize(
+    ("device", "stages", "message"),
+    [
+        ("cuda:1", 1, "device is cuda:1: 3 engines take a device each, say cuda"),
+        ("auto", 2, "3 engines want 2 GPUs each, and this machine has 2"),
+    ],
+)
+def test_copies_that_have_no_device_each_are_refused(
+    device: str, stages: int, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engines, "resolve_device", lambda device: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    config = EngineConfig(device=device, pipeline_parallel=stages)
+    with pytest.raises(InputError, match=message):
+        serving.serve_model(str(TINY), ServerOptions(port=0), config, copies=3, say=print)
+
+
+@pytest.mark.parametrize("more", [[], ["--pipeline-parallel", "2"]])
+def test_copies_under_torchrun_are_refused(
+    more: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.distributed, "is_torchelastic_launched", lambda: True)
+    words = [*WORDS, "--data-parallel", "2", *more]
+    refused_in_one_line(words, 2, "data_parallel is 2, and torchrun started this process", monkeypatch, capsys)
 
 
 def test_a_taken_port_is_said_before_the_model_is_loaded(

@@ -19,9 +19,11 @@ from helpers.asked import OPTIONS, answers, broken, lost, same
 
 import tersor
 from tersor.engine import workers
+from tersor.engine.config import EngineConfig
 from tersor.engine.orders import END, Line, Order
 from tersor.errors import InputError, LostError, ShapeError, TersorError
 from tersor.ops.collective import Ranks
+from tersor.planner.placement import Placement
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +95,21 @@ def test_a_model_that_cannot_be_cut_so_often_is_refused_before_a_process_starts(
 def test_ranks_are_at_least_one(count: int) -> None:
     with pytest.raises(InputError, match=rf"^tensor_parallel is {count}: it must be at least 1$"):
         tersor.LLM("anything", tensor_parallel=count)
+
+
+def test_a_rank_of_torchrun_whose_model_was_not_closed_is_told_so_and_does_not_wait() -> None:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        config, placement, cpu = EngineConfig(), Placement.even(4), torch.device("cpu")
+        team = workers.joined(config, placement, cpu)
+        with pytest.raises(InputError, match=r"^this process is a rank of another model: close that one first$"):
+            workers.joined(config, placement, cpu)
+        team.close()
+        team = workers.joined(config, placement, cpu)  # closed, it is in nobody's way
+        del team
+        workers.joined(config, placement, cpu).close()  # nor is one that nobody has any more
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 SCRIPT = """

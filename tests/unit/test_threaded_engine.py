@@ -4,51 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import random
-from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from helpers import tiny_lm
+from helpers import counting, tiny_lm
 
-from tersor.engine.core import Core
-from tersor.engine.limits import Limits
 from tersor.engine.outputs import ABORT, LENGTH, RequestOutput
 from tersor.engine.params import SamplingParams
 from tersor.engine.protocol import ModelInfo
-from tersor.engine.request import Step
-from tersor.engine.scheduler import Scheduler
 from tersor.engine.threaded import ThreadedEngine
 from tersor.errors import InputError, TersorError
 
 TOKENIZER = tiny_lm.tokenizer()
 
 
-@dataclass
-class Counting:
-    """Draws the length of each text; fails at a step of `failing` tokens or more."""
-
-    failing: int = 1 << 30
-
-    @dataclass
-    class Launched:
-        step: Step
-        logprobs: None = field(default=None, init=False)
-        prompt_logprobs: None = field(default=None, init=False)
-        states: None = field(default=None, init=False)
-
-        def tokens(self) -> list[int]:
-            return [row.start + row.count for row in self.step.drawing]
-
-    def launch(self, step: Step, masks: object) -> Launched:
-        if step.tokens >= self.failing:
-            raise RuntimeError("the device is gone")
-        return self.Launched(step)
-
-
 def engine(failing: int = 1 << 30, pages: int = 30_000) -> ThreadedEngine:
-    limits = Limits(pages=pages, page_size=4, context=100_000, max_rows=64, max_step_tokens=256)
-    core = Core(Scheduler(limits), Counting(failing), TOKENIZER)
-    return ThreadedEngine(core, ModelInfo("counting", 100_000, 300, TOKENIZER))
+    return ThreadedEngine(counting.core(TOKENIZER, failing, pages), ModelInfo("counting", 100_000, 300, TOKENIZER))
 
 
 async def all_of(one: ThreadedEngine, name: str, length: int, count: int) -> list[RequestOutput]:

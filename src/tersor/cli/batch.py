@@ -6,7 +6,6 @@ import importlib.util
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -33,7 +32,7 @@ def command(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a job that was begun.")] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="With --resume: run again what failed.")] = False,
-    data_parallel: Annotated[int, typer.Option(min=1, help="Engines, each a process on devices of its own.")] = 1,
+    data_parallel: options.DataParallel = 1,
     ray: Annotated[
         str | None,
         typer.Option(metavar="ADDRESS", help="Engines are actors of a Ray cluster: its address, auto, or local."),
@@ -71,22 +70,14 @@ def command(
         raise UnsupportedError("batches are read as the server reads requests: pip install 'tersor[serve]'")
     if retry_failed and not resume:
         raise InputError("--retry-failed is given without --resume: a new job has no failures yet")
-    import torch
-
     from tersor.formats import Activations
     from tersor.hardware import resolve_device
     from tersor.integrations.transformers import load
-    from tersor.planner.placement import Placement
     from tersor.server import batch
 
     Activations.check(activations)
     given = planned.placement(model, revision, placement, plan)
-    placed = Placement.read(given) if isinstance(given, str) else given
-    if placed is not None and placed.data > 1:
-        if data_parallel not in (1, placed.data):
-            what = "placement" if plan is None else "plan"
-            raise InputError(f"--data-parallel is {data_parallel}, and the {what} is of {placed.data} copies")
-        data_parallel, placed = placed.data, replace(placed, data=1)
+    data_parallel, placed = planned.copies(given, plan, data_parallel)
     config = EngineConfig(
         device=device,
         dtype=dtype,
@@ -110,7 +101,6 @@ def command(
     where = resolve_device(device)
     console.choose_threads(load.locate(model, revision).weight_bytes, where)
     asked: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature}
-    threads = max(1, torch.get_num_threads() // data_parallel) if where.type == "cpu" else 0
     chosen = batch.BatchOptions(
         name=name,
         defaults={option: value for option, value in asked.items() if value is not None},
@@ -119,7 +109,7 @@ def command(
         errors=None if errors is None else str(errors),
         data_parallel=data_parallel,
         ray=ray,
-        threads=threads,
+        threads=console.threads_each(data_parallel, where),
         tool_parser=tool_parser,
         reasoning_parser=reasoning_parser,
     )

@@ -39,6 +39,15 @@ def choose_threads(weight_bytes: int, device: torch.device) -> None:
         torch.set_num_threads(1)
 
 
+def threads_each(count: int, device: torch.device) -> int:
+    """Return the CPU threads that each of several engines has, of those of this process; 0 is as torch has them."""
+    if device.type != "cpu":
+        return 0
+    import torch
+
+    return max(1, torch.get_num_threads() // count)
+
+
 @contextmanager
 def progress(label: str) -> Iterator[Callable[[int, int], None]]:
     """Show a bar with the time left on a terminal, through stderr, and yield what moves it: (done, in all)."""

@@ -78,6 +78,9 @@ PipelineParallel = Annotated[
 ExpertParallel = Annotated[
     int, typer.Option(min=1, help="Groups of as many ranks each in a stage, which have whole experts.")
 ]
+DataParallel = Annotated[
+    int, typer.Option(min=1, help="Engines with a copy of the model each, in a process on devices of its own.")
+]
 Placed = Annotated[
     str | None,
     typer.Option("--placement", metavar="FILE", help="Who has what, in JSON, instead of the three (docs/parallel.md)."),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,28 @@ def placement(model: str, revision: str | None, given: str | None, plan: Path | 
     found = read(plan)
     with open_source(model, revision) as source:
         return placed(found, source)
+
+
+def copies(given: str | Placement | None, plan: Path | None, data_parallel: int) -> tuple[int, Placement | None]:
+    """Return how many copies of a model there are to be, and what each of them is placed by.
+
+    Args:
+        given: what `placement` returned.
+        plan: what `--plan` says.
+        data_parallel: what `--data-parallel` says; 1 is nothing.
+
+    Raises:
+        InputError: the placement is none, or is of another number of copies.
+    """
+    from tersor.planner.placement import Placement
+
+    placed = Placement.read(given) if isinstance(given, str) else given
+    if placed is None or placed.data == 1:
+        return data_parallel, placed
+    if data_parallel not in (1, placed.data):
+        what = "placement" if plan is None else "plan"
+        raise InputError(f"--data-parallel is {data_parallel}, and the {what} is of {placed.data} copies")
+    return placed.data, replace(placed, data=1)
 
 
 def of_config(

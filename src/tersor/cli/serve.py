@@ -34,6 +34,7 @@ def command(
     drain_seconds: Annotated[
         int, typer.Option(help="How long open requests may go on once the server is told to end.")
     ] = _SERVER.drain_seconds,
+    data_parallel: options.DataParallel = 1,
     device: options.Device = _ENGINE.device,
     dtype: options.Dtype = _ENGINE.dtype,
     activations: options.Activations = _ENGINE.activations,
@@ -74,6 +75,8 @@ def command(
     )
     if api_key is not None:
         server = replace(server, api_key=api_key)
+    given = planned.placement(model, revision, placement, plan)
+    data_parallel, placed = planned.copies(given, plan, data_parallel)
     engine = EngineConfig(
         device=device,
         dtype=dtype,
@@ -91,12 +94,19 @@ def command(
         offload_directory=offload_directory,
         pipeline_parallel=pipeline_parallel,
         expert_parallel=expert_parallel,
-        placement=planned.placement(model, revision, placement, plan),
+        placement=placed,
         trust_remote_code=trust_remote_code,
     )
-    console.choose_threads(load.locate(model, revision).weight_bytes, resolve_device(device))
+    where = resolve_device(device)
+    console.choose_threads(load.locate(model, revision).weight_bytes, where)
     load.quiet()
     with console.telling():
         serving.serve_model(
-            model, server, engine, revision=revision, say=lambda line: print(line, file=sys.stderr, flush=True)
+            model,
+            server,
+            engine,
+            revision=revision,
+            copies=data_parallel,
+            threads=console.threads_each(data_parallel, where),
+            say=lambda line: print(line, file=sys.stderr, flush=True),
         )

@@ -126,7 +126,7 @@ class EngineConfig:
                 raise InputError(f"{name} is {getattr(self, name)}, and a placement says it all: give one of the two")
         if found.data > 1:
             raise InputError(
-                f"the placement is of {found.data} copies of the model: an engine is one of them, tersor batch runs all"
+                f"the placement is of {found.data} copies of a model: an engine is one, tersor serve and batch run all"
             )
         object.__setattr__(self, "placement", found)
 

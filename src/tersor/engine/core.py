@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from tersor.engine.grammar import Grammars, Matcher
 from tersor.engine.options import resolved, seed_of
 from tersor.engine.outputs import ABORT, ERROR, STOP, Logprob, Logprobs, RequestOutput
 from tersor.engine.params import SamplingParams
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from tersor import ops
+    from tersor.engine.grammar import Grammars, Matcher
     from tersor.engine.workers import Team
 
 
@@ -259,7 +259,7 @@ class Core:
                 if self._open.get(one.output.request_id) is one:
                     del self._open[one.output.request_id]
             elif partial:
-                outputs.append(_copied(one.output))
+                outputs.append(one.output.copied())
         return outputs
 
     def check_grammar(self, grammar: Mapping[str, Any]) -> None:
@@ -276,6 +276,8 @@ class Core:
             if self._grammars is None:
                 if self.tokenizer is None:
                     raise UnsupportedError("texts that match a grammar need a tokenizer")
+                from tersor.engine.grammar import Grammars
+
                 self._grammars = Grammars(self.tokenizer, self.vocabulary, self.eos)
             return self._grammars
 
@@ -358,12 +360,3 @@ class Core:
 def _at_length_1(state: NDArray[np.float32]) -> NDArray[np.float32]:
     """Return a row divided by its Euclidean norm; by itself, so that no other request changes a bit of it."""
     return state / max(np.linalg.norm(state), _LEAST)
-
-
-def _copied(output: RequestOutput) -> RequestOutput:
-    """Return an output that does not grow any more."""
-    outputs = [
-        replace(one, token_ids=one.token_ids.copy(), logprobs=None if one.logprobs is None else one.logprobs.copy())
-        for one in output.outputs
-    ]
-    return replace(output, outputs=outputs)

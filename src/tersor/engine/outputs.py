@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 import numpy as np
@@ -82,6 +82,14 @@ class RequestOutput:
     def finished(self) -> bool:
         """Whether nothing more comes."""
         return all(one.finish_reason is not None for one in self.outputs)
+
+    def copied(self) -> RequestOutput:
+        """Return an output of what there is now, which does not grow any more."""
+        outputs = [
+            replace(one, token_ids=one.token_ids.copy(), logprobs=None if one.logprobs is None else one.logprobs.copy())
+            for one in self.outputs
+        ]
+        return replace(self, outputs=outputs)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from tersor.engine.outputs import RequestOutput
 from tersor.engine.params import SamplingParams
-from tersor.engine.stats import EngineStats
+from tersor.engine.stats import CopyStats, EngineStats
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,6 +47,9 @@ class AsyncEngine(Protocol):
 
     def stats(self) -> EngineStats:
         """Return how the engine stands; cheap, since pages ask often."""
+
+    def copies(self) -> Sequence[CopyStats]:
+        """Return how each of several copies of the model stands; nothing where there is one. As cheap."""
 
     def generate(
         self,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -36,6 +37,42 @@ class EngineStats:
     cached_tokens: int = 0
     generated_tokens: int = 0
     preemptions: int = 0
+
+    def ended(self) -> EngineStats:
+        """Return what is left of them when the engine has ended: what only grows."""
+        return EngineStats(
+            prompt_tokens=self.prompt_tokens,
+            cached_tokens=self.cached_tokens,
+            generated_tokens=self.generated_tokens,
+            preemptions=self.preemptions,
+        )
+
+
+ANSWERS, STARTS, LOST = "answers", "starts", "lost"
+"""How a copy stands: it answers; its process loads the model; its process has ended and is not started again."""
+
+
+@dataclass(frozen=True, slots=True)
+class CopyStats:
+    """One of several copies of a model.
+
+    Attributes:
+        state: `ANSWERS`, `STARTS` or `LOST`.
+        requests: that it has and that have not ended.
+        load: tokens that it is expected to compute for them (`balance`).
+        engine: its engine; what one counted that was lost counts on.
+    """
+
+    state: str
+    requests: int
+    load: int
+    engine: EngineStats
+
+
+def total(engines: Iterable[EngineStats]) -> EngineStats:
+    """Return the numbers of several engines together."""
+    found = list(engines)
+    return EngineStats(**{one.name: sum(getattr(each, one.name) for each in found) for one in fields(EngineStats)})
 
 
 def stats(scheduler: Scheduler) -> EngineStats:

@@ -1,35 +1,23 @@
 """An engine in a thread of its own, asked from an event loop: `protocol.AsyncEngine` over `core.Core`.
 
-The thread alone touches the core. Requests go to it by a queue, outputs come back once a step, of every request the
-newest: a reader that is slow sees fewer of them, and nobody waits for it.
+The thread alone touches the core (`loop`). Outputs come back once a step, of every request the newest (`boxes`).
 """
 
 from __future__ import annotations
 
 import asyncio
-import queue
 import threading
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
+from tersor.engine.boxes import Boxes
 from tersor.engine.core import Core
+from tersor.engine.loop import Loop, Told
 from tersor.engine.outputs import RequestOutput
 from tersor.engine.params import SamplingParams
 from tersor.engine.protocol import ModelInfo
-from tersor.engine.stats import EngineStats
-from tersor.errors import InputError, TersorError
-
-
-class _Box:
-    """The newest word about a request, for the coroutine that waits for it."""
-
-    def __init__(self) -> None:
-        self.news = asyncio.Event()
-        self.latest: RequestOutput | Exception | None = None
-
-    def put(self, latest: RequestOutput | Exception) -> None:
-        self.latest = latest
-        self.news.set()
+from tersor.engine.stats import CopyStats, EngineStats
+from tersor.errors import TersorError
 
 
 class ThreadedEngine:
@@ -37,8 +25,7 @@ class ThreadedEngine:
 
     def __init__(self, core: Core, info: ModelInfo) -> None:
         self._core, self._info = core, info
-        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._boxes: dict[str, _Box] = {}
+        self._steps, self._boxes = Loop(), Boxes()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._failure: Exception | None = None
         self._closing = False
@@ -59,6 +46,10 @@ class ThreadedEngine:
         """Return how the engine stands."""
         return self._core.stats()
 
+    def copies(self) -> Sequence[CopyStats]:
+        """Return nothing: the model is there once."""
+        return ()
+
     def check_grammar(self, grammar: Mapping[str, Any]) -> None:
         """Compile a grammar of `SamplingParams`, or refuse it."""
         self._core.check_grammar(grammar)
@@ -73,37 +64,28 @@ class ThreadedEngine:
     ) -> AsyncIterator[RequestOutput]:
         """Answer one prompt."""
         self._check()
-        if request_id in self._boxes:
-            raise InputError(f"request {request_id!r} is open already")
+        box = self._boxes.open(request_id)
         self._loop = asyncio.get_running_loop()
-        box = self._boxes[request_id] = _Box()
-        prompt = list(prompt_token_ids)
-        self._jobs.put(lambda: self._add(request_id, prompt, params, salt))
+        self._steps.add(request_id, list(prompt_token_ids), params, salt)
         ended = False
         try:
             while not ended:
-                await box.news.wait()
-                box.news.clear()
-                latest = box.latest
-                if isinstance(latest, Exception):
-                    ended = True
-                    raise latest
-                assert latest is not None
+                latest = await box.next()
                 ended = latest.finished
                 yield latest
         finally:
-            self._boxes.pop(request_id, None)
+            self._boxes.close(request_id)
             if not ended:
-                self._jobs.put(lambda: self._core.abort(request_id))
+                self._steps.abort(request_id)
 
     async def abort(self, request_id: str) -> None:
         """End a request within a step."""
-        self._jobs.put(lambda: self._core.abort(request_id))
+        self._steps.abort(request_id)
 
     async def close(self) -> None:
         """End every request and the thread."""
         self._closing = True
-        self._jobs.put(None)
+        self._steps.end()
         await asyncio.to_thread(self._thread.join)
 
     def _check(self) -> None:
@@ -112,40 +94,20 @@ class ThreadedEngine:
         if self._closing:
             raise TersorError("the engine is closed")
 
-    def _add(self, request_id: str, prompt: list[int], params: SamplingParams | None, salt: str | None) -> None:
-        try:
-            self._core.add(request_id, prompt, params, salt=salt)
-        except TersorError as error:
-            self._tell([(request_id, error)])
-
     def _run(self) -> None:
-        """Serve jobs and run steps until told to end, or until a step fails."""
+        """Run steps until told to end, or until one fails; whoever waits then must hear of it."""
+        message = "the engine is closed"
         try:
-            while self._serve():
-                outputs = self._core.step()
-                if outputs:
-                    self._tell([(one.request_id, one) for one in outputs])
-            self._tell([(name, TersorError("the engine is closed")) for name in list(self._boxes)])
-        except Exception as error:  # whoever waits must hear of it, and the engine's state is no longer known
+            self._steps.run(self._core, self._tell)
+        except Exception as error:  # the engine's state is no longer known
             self._failure = error
             message = f"the engine has failed: {error}"
-            self._tell([(name, TersorError(message)) for name in list(self._boxes)])
+        self._tell([(name, TersorError(message)) for name in self._boxes])
 
-    def _serve(self) -> bool:
-        """Run jobs that wait, or wait for one where there is nothing else to do; return whether to go on."""
-        while not self._jobs.empty() or not self._core.unfinished:
-            job = self._jobs.get()
-            if job is None:
-                return False
-            job()
-        return True
-
-    def _tell(self, news: Sequence[tuple[str, RequestOutput | Exception]]) -> None:
+    def _tell(self, news: Told) -> None:
         if self._loop is not None and news and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._deliver, list(news))
+            self._loop.call_soon_threadsafe(self._deliver, news)
 
-    def _deliver(self, news: Sequence[tuple[str, RequestOutput | Exception]]) -> None:
+    def _deliver(self, news: Told) -> None:
         for name, latest in news:
-            box = self._boxes.get(name)
-            if box is not None:
-                box.put(latest)
+            self._boxes.put(name, latest)

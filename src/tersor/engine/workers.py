@@ -37,6 +37,7 @@ from tersor.ops.stages import ONE, Stages
 from tersor.planner.placement import Place, Placement
 
 _HOST = "127.0.0.1"
+_BACKENDS = {"cuda": "nccl", "cpu": "gloo"}
 _REACHED, _USUAL = timedelta(seconds=60), timedelta(minutes=30)
 """How long a rank that torchrun started looks for where ranks meet, and waits for others there, which start later."""
 _IDLE = timedelta(days=3650)
@@ -119,11 +120,7 @@ def by_torchrun(config: EngineConfig) -> bool:
 
 
 def follows(config: EngineConfig) -> bool:
-    """Tell whether torchrun started this process as a rank that only computes: it makes the model, and nothing else.
-
-    Args:
-        config: of the engine.
-    """
+    """Tell whether torchrun started this process as a rank that only computes: it makes the model, and nothing else."""
     if not by_torchrun(config):
         return False
     if not distributed.is_initialized():
@@ -133,6 +130,8 @@ def follows(config: EngineConfig) -> bool:
 
 _JOINED: list[ProcessGroup | None] = []
 """The group of all processes of torchrun, where it was made here."""
+_OPEN: weakref.WeakSet[Team] = weakref.WeakSet()
+"""Whom `joined` returned; what one of them says at its end would else be heard by the next."""
 
 
 def _join(device: torch.device) -> None:
@@ -145,7 +144,7 @@ def _join(device: torch.device) -> None:
         store, rank, count = next(distributed.rendezvous("env://", timeout=_REACHED))
         store.set_timeout(_USUAL)
         store = distributed.PrefixStore("default_pg", store)
-        distributed.init_process_group(_backend(device), store=store, rank=rank, world_size=count)
+        distributed.init_process_group(_BACKENDS[device.type], store=store, rank=rank, world_size=count)
     except (distributed.DistError, ValueError) as error:
         raise TersorError(f"the processes of torchrun do not reach each other: {str(error).splitlines()[0]}") from None
     _JOINED.append(distributed.group.WORLD)
@@ -210,8 +209,10 @@ def joined(config: EngineConfig, placement: Placement, device: torch.device) -> 
         device: of all ranks, by its type.
 
     Raises:
-        InputError: there are not so many processes, or GPUs.
+        InputError: there are not so many processes, or GPUs, or another model of several ranks is not closed.
     """
+    if any(team._finalizer.alive for team in _OPEN):
+        raise InputError("this process is a rank of another model: close that one first")
     if not distributed.is_initialized():
         _join(device)
     made = distributed.group.WORLD in _JOINED
@@ -231,11 +232,9 @@ def joined(config: EngineConfig, placement: Placement, device: torch.device) -> 
         _JOINED.clear()
         seat.leave(made)
 
-    return Team(seat, rank == 0, end)
-
-
-def _backend(device: torch.device) -> str:
-    return "nccl" if device.type == "cuda" else "gloo"
+    team = Team(seat, rank == 0, end)
+    _OPEN.add(team)
+    return team
 
 
 def _connect(rank: int, placement: Placement, device: torch.device, store: Any, lost: Callable[[float], str]) -> Seat:
@@ -246,7 +245,7 @@ def _connect(rank: int, placement: Placement, device: torch.device, store: Any, 
         own = torch.device("cuda", (device.index or 0) + local)
         torch.cuda.set_device(own)
     if store is not None:
-        distributed.init_process_group(_backend(device), store=store, rank=rank, world_size=count)
+        distributed.init_process_group(_BACKENDS[device.type], store=store, rank=rank, world_size=count)
     hosts = distributed.new_group(backend="gloo", timeout=_IDLE)
     world = distributed.group.WORLD
     assert world is not None

@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import asdict
 from functools import cache
 from importlib import resources
 from typing import Any, TypeVar
@@ -21,6 +22,7 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tersor.engine.protocol import AsyncEngine
+from tersor.engine.stats import ANSWERS
 from tersor.errors import TersorError
 from tersor.server import chat, completions, embeddings
 from tersor.server.api import Api
@@ -72,12 +74,12 @@ def _add_endpoints(app: FastAPI, api: Api) -> None:
 
     @app.get("/health")
     async def health() -> Response:
-        healthy = api.engine.healthy
-        return JSONResponse({"status": "ok" if healthy else "failed"}, 200 if healthy else 503)
+        return JSONResponse(_health(api), 200 if api.engine.healthy else 503)
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        text = api.metrics.text(api.engine.stats(), api.engine.healthy, api.front.queued)
+        engine = api.engine
+        text = api.metrics.text(engine.stats(), engine.healthy, api.front.queued, engine.copies())
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.get("/stats")
@@ -119,6 +121,13 @@ def _model(api: Api) -> dict[str, Any]:
     return {"id": api.name, "object": "model", "created": api.begun, "owned_by": "tersor", "max_model_len": context}
 
 
+def _health(api: Api) -> dict[str, Any]:
+    """Whether the model answers, and of several copies how each stands: some of them answer for all."""
+    states = [copy.state for copy in api.engine.copies()]
+    status = "ok" if all(state == ANSWERS for state in states) else "degraded"
+    return {"status": status if api.engine.healthy else "failed"} | ({"copies": states} if states else {})
+
+
 def _stats(api: Api) -> dict[str, Any]:
     """What the page shows; counts only grow."""
     stats = api.engine.stats()
@@ -136,6 +145,7 @@ def _stats(api: Api) -> dict[str, Any]:
         "prompt_tokens": stats.prompt_tokens,
         "cached_tokens": stats.cached_tokens,
         "generated_tokens": stats.generated_tokens,
+        "copies": [asdict(copy) for copy in api.engine.copies()],
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from tersor.checkpoint.source import open_source
@@ -17,11 +17,11 @@ from tersor.engine.outputs import Answer
 from tersor.engine.processes import Processes
 from tersor.engine.workers import by_torchrun, follows
 from tersor.errors import InputError, UnsupportedError
-from tersor.hardware import resolve_device
 from tersor.integrations.transformers.load import load_tokenizer
 from tersor.llm import LLM, generation_config
 from tersor.models.config import DecoderConfig, supported
 from tersor.server.dialect import ModelDialect
+from tersor.server.engines import LoadModel, check_count, of_several
 
 _MATTERS = ("dtype", "activations", "kv_dtype", "max_length")
 """Fields of `EngineConfig` that answers depend on."""
@@ -58,33 +58,13 @@ class BatchOptions:
 
 @dataclass(frozen=True, slots=True)
 class MakeEngine:
-    """Makes the engine of a worker, in whatever process that is.
+    """Makes the engine of a worker, in whatever process that is, of the model that `load` loads."""
 
-    Attributes:
-        model, revision: which.
-        config: of the engine.
-        numbered: whether worker N runs on cuda:N, or of R ranks each on the R GPUs from cuda:(R N) on.
-        threads: as `BatchOptions` has them.
-    """
-
-    model: str
-    revision: str | None
-    config: EngineConfig
-    numbered: bool = False
-    threads: int = 0
+    load: LoadModel
 
     def __call__(self, worker: int) -> OfflineEngine:
         """Load the model."""
         return OfflineEngine(self.load(worker).core)
-
-    def load(self, worker: int) -> LLM:
-        """Load the model, of which a program that has it to itself can let go."""
-        if self.threads:
-            import torch
-
-            torch.set_num_threads(self.threads)
-        config = replace(self.config, device=f"cuda:{worker * self.config.ranks}") if self.numbered else self.config
-        return LLM(self.model, revision=self.revision, **asdict(config))
 
 
 class _Later:
@@ -133,8 +113,7 @@ def answer_file(
     """
     if config.ranks > 1 and options.ray is not None:
         raise InputError(f"{config.ranks_said}, and engines are actors of Ray: those have a GPU each")
-    if options.data_parallel > 1 and by_torchrun(config):
-        raise InputError(f"data_parallel is {options.data_parallel}, and torchrun started the ranks of one engine")
+    check_count(options.data_parallel)
     if follows(config):
         LLM(model, revision=revision, **asdict(config))  # ends the process
     with open_source(model, revision=revision) as opened:
@@ -196,19 +175,10 @@ def engine_of(
         from tersor.integrations.ray import RayEngines
 
         gpus = 0.0 if config.device == "cpu" else 1.0
-        make = MakeEngine(model, revision, config, threads=options.threads)
+        make = MakeEngine(LoadModel(model, revision, config, threads=options.threads))
         address = None if options.ray == "local" else options.ray
         return stack.enter_context(RayEngines(make, count if count > 1 else None, address=address, gpus=gpus))
     if count == 1:
-        return OfflineEngine(stack.enter_context(closing(MakeEngine(model, revision, config).load(0))).core)
-    device = resolve_device(config.device)
-    if device.type == "cuda":
-        import torch
-
-        if config.device not in ("auto", "cuda"):
-            raise InputError(f"device is {config.device}: {count} engines take a device each, say cuda")
-        if count * config.ranks > torch.cuda.device_count():
-            each = "a GPU" if config.ranks == 1 else f"{config.ranks} GPUs"
-            raise InputError(f"{count} engines want {each} each, and this machine has {torch.cuda.device_count()}")
-    make = MakeEngine(model, revision, config, numbered=device.type == "cuda", threads=options.threads)
+        return OfflineEngine(stack.enter_context(closing(LoadModel(model, revision, config)(0))).core)
+    make = MakeEngine(of_several(model, revision, config, count, options.threads))
     return stack.enter_context(Processes(make, count, parents=config.ranks > 1))

@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from tersor.engine.stats import EngineStats
+from tersor.engine.stats import ANSWERS, CopyStats, EngineStats
 
 _FIRST = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 _NEXT = (0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1.0)
 _WHOLE = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0)
+
+_COPIES: tuple[tuple[str, str, str, Callable[[CopyStats], float]], ...] = (
+    ("healthy", "gauge", "1 while the copy answers.", lambda copy: int(copy.state == ANSWERS)),
+    ("requests", "gauge", "Requests that the copy was given and that have not ended.", lambda copy: copy.requests),
+    ("load_tokens", "gauge", "Tokens that the copy is expected to compute for them.", lambda copy: copy.load),
+    ("requests_running", "gauge", "Those that have pages.", lambda copy: copy.engine.running),
+    ("pages_used", "gauge", "Pages that they hold.", lambda copy: copy.engine.pages_used),
+    ("pages_free", "gauge", "Pages that no request holds.", lambda copy: copy.engine.pages_free),
+    ("prompt_tokens_total", "counter", "Tokens of prompts that it read.", lambda copy: copy.engine.prompt_tokens),
+    ("prefix_hit_tokens_total", "counter", "Those that were there.", lambda copy: copy.engine.cached_tokens),
+    ("generated_tokens_total", "counter", "Tokens that it drew.", lambda copy: copy.engine.generated_tokens),
+    ("preemptions_total", "counter", "Times that a request lost its pages.", lambda copy: copy.engine.preemptions),
+)
+"""Name, kind, meaning and value of what is said of each of several copies, beside the sums."""
 
 
 @dataclass
@@ -59,7 +74,7 @@ class Metrics:
         self.prompt_tokens = self.completion_tokens = 0
         self.first, self.next, self.whole = Histogram(_FIRST), Histogram(_NEXT), Histogram(_WHOLE)
 
-    def text(self, stats: EngineStats, healthy: bool, queue: int) -> str:
+    def text(self, stats: EngineStats, healthy: bool, queue: int, copies: Sequence[CopyStats] = ()) -> str:
         """Return all numbers; `queue` is how many prompts wait for their first token."""
         lines: list[str] = []
 
@@ -92,4 +107,7 @@ class Metrics:
         show("generated_tokens_total", "counter", "Tokens that the engine drew.", stats.generated_tokens)
         show("preemptions_total", "counter", "Times that a request lost its pages.", stats.preemptions)
         show("healthy", "gauge", "1 while the engine runs.", int(healthy))
+        for name, kind, meaning, value in _COPIES if copies else ():
+            head(f"copy_{name}", kind, meaning)
+            lines += [f'tersor_copy_{name}{{copy="{number}"}} {value(copy)}' for number, copy in enumerate(copies)]
         return "\n".join(lines) + "\n"

@@ -7,16 +7,15 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict
-from pathlib import Path
 
 import uvicorn
 
 from tersor.engine.config import EngineConfig
 from tersor.engine.garbage import left_alone
 from tersor.engine.protocol import AsyncEngine
-from tersor.errors import TersorError
+from tersor.errors import TersorError, UnsupportedError
 from tersor.server.app import create_app
 from tersor.server.options import ServerOptions
 
@@ -75,11 +74,13 @@ def serve(engine: AsyncEngine, options: ServerOptions, place: socket.socket | No
 
 
 def serve_model(
-    model: str | Path,
+    model: str,
     options: ServerOptions,
     config: EngineConfig,
     *,
     revision: str | None = None,
+    copies: int = 1,
+    threads: int = 0,
     say: Callable[[str], None],
 ) -> None:
     """Load a model and serve it, see `serve`; a port that is taken is an error before the model is loaded.
@@ -87,31 +88,76 @@ def serve_model(
     Args:
         model: a checkpoint directory or a hub id.
         options: of the server.
-        config: of the engine.
+        config: of the engine, or of each of several.
         revision: branch, tag or commit of a hub id.
-        say: told where the model answers, and who may ask.
+        copies: engines, above 1 each in a process of its own.
+        threads: that torch has on a CPU for each of several engines; 0 leaves it to torch.
+        say: told where the model answers, who may ask, and what becomes of copies.
 
     Raises:
         InputError, UnsupportedError, TersorError: as `LLM` and `serve`.
     """
-    from tersor.engine.threaded import ThreadedEngine
     from tersor.engine.workers import follows
     from tersor.llm import LLM
+    from tersor.server.engines import check_count
 
+    check_count(copies)
     if follows(config):
         LLM(model, revision=revision, **asdict(config))  # ends the process
-    with bind(options) as place:
-        llm = LLM(model, revision=revision, **asdict(config))
-        with closing(llm):
-            name, port = options.name or llm.info.name, place.getsockname()[1]
-            host = f"[{options.host}]" if ":" in options.host else options.host
+    with bind(options) as place, ExitStack() as stack:
+        if copies > 1:
+            engine: AsyncEngine = _copies(model, revision, config, copies, threads, say, stack)
+        else:
+            from tersor.engine.threaded import ThreadedEngine
+
+            llm = stack.enter_context(closing(LLM(model, revision=revision, **asdict(config))))
             engine = ThreadedEngine(llm.core, llm.info)
-            place.listen(_BACKLOG)  # who asks from now on is heard
-            say(f"{name} answers at http://{host}:{port}, context {llm.info.context} tokens")
-            if options.api_key is None and not _is_own(options.host):
-                say(f"whoever reaches {options.host} may ask: --api-key lets in only those who know it")
-            with left_alone():
-                serve(engine, options, place)
+        name, port = options.name or engine.info.name, place.getsockname()[1]
+        host = f"[{options.host}]" if ":" in options.host else options.host
+        place.listen(_BACKLOG)  # who asks from now on is heard
+        by = f", {copies} copies" if copies > 1 else ""
+        say(f"{name} answers at http://{host}:{port}, context {engine.info.context} tokens{by}")
+        if options.api_key is None and not _is_own(options.host):
+            say(f"whoever reaches {options.host} may ask: --api-key lets in only those who know it")
+        with left_alone():
+            serve(engine, options, place)
+
+
+def _copies(
+    model: str,
+    revision: str | None,
+    config: EngineConfig,
+    count: int,
+    threads: int,
+    say: Callable[[str], None],
+    stack: ExitStack,
+) -> AsyncEngine:
+    """Return several engines as one, which `stack` ends; this process has no model but its tokenizer.
+
+    Raises:
+        InputError, UnsupportedError, TersorError: as `serve_model`.
+    """
+    from tersor.checkpoint.source import open_source
+    from tersor.engine.copies import Copies
+    from tersor.integrations.transformers.load import load_tokenizer
+    from tersor.models.config import supported
+    from tersor.server.engines import of_several
+
+    load = of_several(model, revision, config, count, threads)
+    with open_source(model, revision=revision) as source:  # a hub id is downloaded once, for all
+        why = supported(source.config)
+        if why:
+            raise UnsupportedError(f"{source.label}: {why}")
+        directory = source.directory
+    copies = Copies(
+        load,
+        count,
+        lambda: load_tokenizer(directory, trust_remote_code=config.trust_remote_code),
+        say=say,
+        parents=config.ranks > 1,
+    )
+    stack.callback(copies.end)
+    return copies
 
 
 def _is_own(host: str) -> bool:
