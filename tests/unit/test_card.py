@@ -68,6 +68,8 @@ def test_the_card_says_what_weights_take_and_of_a_mix_what_was_chosen_for_what(t
     line = next(line for line in said.splitlines() if line.startswith("Of all output features "))
     shares = [float(share) for share in re.findall(r"(\S+) % are ", line)]
     assert len(shares) == 2 and sum(shares) == pytest.approx(100, abs=0.2)
+    assert "\nIts output features were scored on 2 windows of 32 tokens of text.txt.\n" in said
+    assert not (tmp_path / "mix" / "tersor-calibration.json").exists() and "tersor-calibration.json" not in said
     assert line.endswith("chosen for 6.8 true bits a weight; tersor-mix.json says what that is expected to lose.")
 
 

@@ -11,6 +11,7 @@ from tersor.checkpoint.exports import Export
 from tersor.checkpoint.source import Source
 from tersor.compress import get_recipe
 from tersor.compress.prune import ALGORITHMS
+from tersor.convert.transforms import CALIBRATED
 from tersor.formats import Assignment, Mix, Plain, Pruned, Scheme, Sparse
 from tersor.version import __version__
 
@@ -54,7 +55,7 @@ def model_card(source: Source, conversion: Conversion, export: Export, recipe: s
         *_taken(conversion),
         *_levels(conversion),
         *_pruned(conversion),
-        *_calibrated(conversion),
+        *_calibrated(conversion, recipe),
         *_transformed(conversion),
         *_before(conversion),
         *(_use(source) if export.name == "tersor" else [_elsewhere(export)]),
@@ -128,10 +129,14 @@ def _pruned(conversion: Conversion) -> list[str]:
     return [f"{len(found)} pruned weights are stored sparse: {100 * left / weights:.1f} % of their elements are left."]
 
 
-def _calibrated(conversion: Conversion) -> list[str]:
+def _calibrated(conversion: Conversion, recipe: str) -> list[str]:
+    """Say what text was read, and for what: of a mix that is rounded to nearest, for its levels alone."""
     said = conversion.config.provenance
     if "calibration" not in said:
         return []
+    changing = any(name in said.get("transforms", "").split(", ") for name in CALIBRATED)
+    if recipe not in ALGORITHMS and not get_recipe(recipe).needs and not changing:
+        return [f"Its output features were scored on {said['calibration']}."]
     return [
         f"It was calibrated on {said['calibration']}, effort {said['effort']}; tersor-calibration.json has the log."
     ]
