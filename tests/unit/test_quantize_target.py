@@ -24,7 +24,7 @@ from tersor.convert.calibrate import scores
 from tersor.convert.calibrate.run import Run
 from tersor.convert.calibrate.text import read_windows
 from tersor.convert.mix import usual_mix
-from tersor.errors import FormatError, InputError
+from tersor.errors import FormatError, InputError, TersorError
 from tersor.formats import Mix
 from tersor.integrations.transformers.architecture import read_architecture
 from tersor.nn import MixedLinear
@@ -298,6 +298,20 @@ def test_one_command_without_an_algorithm_chooses_codes_by_gptq_and_says_what_ke
 def test_groups_that_are_asked_for_are_those_of_the_usual_levels(folder: Path) -> None:
     found = log(run(folder, "grouped", levels=[], group_size=32, target_bits=4.6))
     assert found["levels"][:3] == ["uint3:g32:float16", "uint4:g32:float16", "fp5_e2m2:row:float16"]
+
+
+def test_scoring_whose_memory_runs_out_is_one_line_and_keeps_what_is_finished(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(scores.Scoring, "run", fail)
+        with pytest.raises(TersorError, match="the memory of cpu ran out: free some, and run again with --resume"):
+            run(folder, "out-of-memory")
+    assert (folder / "out-of-memory.partial").exists()
+    assert run(folder, "out-of-memory", resume=True).exists()
 
 
 def test_progress_of_scoring_begins_with_what_there_is_to_do(folder: Path) -> None:

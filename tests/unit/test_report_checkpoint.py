@@ -77,6 +77,10 @@ def test_a_mix_shows_its_levels_and_what_they_were_chosen_for(
     assert (
         shown.row("to fill units of kernels")[1] == "2.0 kB" and shown.row("expected loss")[1] == "0.0125 nats a token"
     )
+    one["mix"] |= {"score": "mixllm"}
+    scored = Page(page(made))
+    assert scored.row("compared by the score")[1] == "mixllm"
+    assert scored.row("expected loss")[1] == "0.0125 by that score"
     layer = shown.row(one["layers"][0]["layer"])
     assert layer[1].endswith(" (58 of uint3:g64:float16, 6 of int8:row:float16)")
     for broken, words in (
