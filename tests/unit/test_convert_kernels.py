@@ -37,6 +37,7 @@ def begun(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> 
         run(self, *rest)
 
     monkeypatch.setattr(Pipeline, "run", running)
+    monkeypatch.setattr(kernels, "gpu_of", lambda device: None)
     return said
 
 
@@ -86,8 +87,9 @@ def test_pruned_weights_are_said_of_where_a_gpu_expands_them(
 
 
 def test_the_command_says_it_on_stderr_and_an_export_is_for_other_engines(
-    folder: Path, capfd: pytest.CaptureFixture[str]
+    folder: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(kernels, "gpu_of", lambda device: None)
     for export, said in (("tersor", True), ("compressed-tensors", False)):
         arguments = [str(folder / "model"), "--format", "int4", "--group-size", "8", "--export", export, "--dry-run"]
         with pytest.raises(SystemExit) as ended:
