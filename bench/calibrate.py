@@ -167,9 +167,7 @@ def summed(path: str, clock: list[float], layers: int, blocks: int) -> dict[str,
         clock: read at the start and at every report of progress.
         layers, blocks: of the checkpoint, and of the whole model.
     """
-    begins = path != "mix"  # a calibration reports that it begins; a search, when its first block is through
-    steps = [after - before for before, after in itertools.pairwise(clock)]
-    begin = steps.pop(0) if begins else 0.0
+    begin, *steps = (after - before for before, after in itertools.pairwise(clock))
     phases: dict[str, list[float]] = {}
     for phase in PHASES[path]:
         count = layers - 1 if (path, phase) == ("high", "backward") else layers

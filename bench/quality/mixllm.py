@@ -63,7 +63,7 @@ def _scores(
     for name, (features, _) in shapes.items():
         layer = whole.get_submodule(name)
         deltas = [rounding_error(layer.weight.float(), scheme) for scheme in mix.levels]
-        sums[name] = Salience(len(deltas), features, "taylor", device)
+        sums[name] = Salience(len(deltas), features, "mixllm", device)
         handles.append(layer.register_forward_hook(_adding(sums[name], deltas)))
     with exact_products():
         for tokens in windows:

@@ -21,6 +21,7 @@ TARGETS = (4.5, 5.0)
 ORIGINAL = "original"
 """Name of the model as it is: of what it loses when only keys and values are rounded."""
 
+RTN: dict[str, Any] = {"algorithm": "rtn"}
 GPTQ: dict[str, Any] = {"algorithm": "gptq"}
 HIGH: dict[str, Any] = {"algorithm": "gptq", "effort": "high"}
 FP8, INT8, KV = "activations=fp8", "activations=int8", "kv-dtype=fp8"
@@ -108,7 +109,7 @@ def mixes(group: int) -> list[Recipe]:
     old = [f"uint4:g{group}", "int8:row"]
     for bits in TARGETS:
         found += [
-            _mix(f"mix-{bits}-rtn", bits),
+            _mix(f"mix-{bits}-rtn", bits, **RTN),
             _mix(f"mix-{bits}-gptq", bits, **GPTQ),
             _mix(f"mix-{bits}-gptq-high", bits, **HIGH),
             _mix(f"mix48-{bits}-gptq", bits, levels=old, **GPTQ),
@@ -120,7 +121,7 @@ def mixes(group: int) -> list[Recipe]:
 def transformed(base: Recipe, name: str) -> Recipe:
     """Return a recipe with a transform, beside the one that lacks it; rotation alone needs no text."""
     calibrated = base.calibrated or name != ROTATE
-    return Recipe(f"{base.name}-{name}", {**base.options, "transforms": [name]}, calibrated=calibrated)
+    return Recipe(f"{base.name}-{name}", {**RTN, **base.options, "transforms": [name]}, calibrated=calibrated)
 
 
 def beside(base: Recipe) -> Recipe:

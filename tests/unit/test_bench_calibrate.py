@@ -55,7 +55,7 @@ def test_a_whole_model_takes_the_usual_time_of_a_block_and_once_what_only_the_fi
     clock = [0.0, 5.0, 8.0, 9.0, 10.0]  # 5 s to begin, blocks of 3, 1 and 1 s
     row = script.summed("normal", clock, 3, 32)
     assert (row["of_block"], row["once"], row["whole"]) == ({"codes": 1.0}, 7.0, 39.0)
-    row = script.summed("mix", [0.0, 4.0, 5.0, 8.0, 10.0], 2, 10)
+    row = script.summed("mix", [0.0, 3.0, 4.0, 5.0, 8.0, 10.0], 2, 10)
     assert (row["of_block"], row["once"], row["whole"]) == ({"forward": 1.0, "backward": 2.0}, 4.0, 34.0)
     with pytest.raises(SystemExit, match="1 reports of progress"):
         script.summed("normal", clock, 2, 32)

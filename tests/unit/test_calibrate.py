@@ -243,7 +243,8 @@ def test_a_dead_channel_and_a_text_of_one_word_stop_nothing(llama: Path, tmp_pat
     ("options", "message"),
     [
         ({"algorithm": "gptq"}, "algorithm 'gptq' needs a text to calibrate on: add --calibration FILE"),
-        ({"calibration": "a.txt"}, "algorithm 'rtn' takes no calibration text"),
+        ({"calibration": "a.txt", "algorithm": "rtn"}, "algorithm 'rtn' takes no calibration text"),
+        ({"calibration": "a.txt"}, "a.txt: no such text file"),
         ({"effort": "high"}, "say nothing without a calibration text"),
         ({"calibration": "a.txt", "algorithm": "gptq"}, "a.txt: no such text file"),
         ({"calibration": "a.txt", "algorithm": "gptq", "calibration_window": 128}, "exceeds the model's 64 positions"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import signal
 import subprocess
@@ -14,10 +15,11 @@ import pytest
 import torch
 from helpers import calibrated, checkpoints, interrupted
 
+from tersor import files
 from tersor.compress.encode import RECIPES
 from tersor.convert import quantize
 from tersor.convert.calibrate import run
-from tersor.errors import InputError, TersorError
+from tersor.errors import InputError, OutputError, TersorError
 
 HIGH = {
     **calibrated.OPTIONS,
@@ -103,6 +105,7 @@ def test_a_killed_process_is_continued_with_the_same_bytes(
 import os, signal, torch
 torch.set_num_threads({torch.get_num_threads()})
 from helpers import calibrated
+from tersor import files
 from tersor.compress.encode import RECIPES
 from tersor.convert import quantize
 from tersor.convert.calibrate.store import Store
@@ -129,6 +132,7 @@ quantize({str(model)!r}, {str(output)!r}, calibration={str(text)!r}, **{HIGH!r})
         ({"effort": "normal"}, 'it was made with effort "high", now "normal"'),
         ({"seed": 1}, "it was made with seed 0, now 1"),
         ({"transforms": ["rotate", "awq"]}, r'it was made with transforms \["rotate", "awq", "tweak-norms"\], now'),
+        ({"transforms": []}, r'it was made with transforms \["rotate", "awq", "tweak-norms"\], now null'),
         ({"calibration_tokens": 96}, "it was made with .*calibration .*2 windows of 32 tokens.*now .*3 windows"),
     ],
 )
@@ -159,6 +163,29 @@ def test_a_device_whose_memory_runs_out_keeps_what_is_finished(
         patch.setattr(run.Streams, "advance", fail)
         with pytest.raises(TersorError, match="the memory of cpu ran out: free some, and run again with --resume"):
             quantize(model, tmp_path / "out", calibration=text, **HIGH)
+    quantize(model, tmp_path / "out", calibration=text, resume=True, **HIGH)
+    assert written(tmp_path / "out") == whole
+
+
+@pytest.mark.parametrize("number", [2, 5, 8])
+def test_a_disk_that_fills_up_keeps_what_is_finished(
+    model: Path, text: Path, whole: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    # What goes into three blocks and the last one's gradient, two more gradients, and three finished blocks.
+    write, calls = files.write_whole, 0
+
+    def full(path: Path, *rest: Any, **options: Any) -> None:
+        nonlocal calls
+        calls += path.parent.name == "calibration"
+        if calls == number:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, *rest, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "write_whole", full)
+        with pytest.raises(OutputError, match=r"no space left while writing .* run again with --resume"):
+            quantize(model, tmp_path / "out", calibration=text, **HIGH)
+    assert not (tmp_path / "out").exists()
     quantize(model, tmp_path / "out", calibration=text, resume=True, **HIGH)
     assert written(tmp_path / "out") == whole
 

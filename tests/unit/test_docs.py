@@ -5,10 +5,12 @@ from __future__ import annotations
 import ast
 import doctest
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
+import typer
 
 from tersor import formats
 from tersor.cli import main
@@ -61,6 +63,33 @@ def test_lines_are_short_and_plain(document: Path) -> None:
         assert line.isascii(), f"line {number}"
         assert line == line.rstrip(), f"line {number} ends in blanks"
         assert len(line) <= 125 or line.startswith("|"), f"line {number} has {len(line)} characters"
+
+
+def commands(text: str) -> list[list[str]]:
+    """Return the words behind `tersor` of every command that stands on lines of its own."""
+    joined = re.sub(r" \\\n *", " ", text)
+    lines = re.findall(r"^(?: {4}| {0,2})tersor (.*)$", joined, re.MULTILINE)
+    return [words for line in lines if (words := shlex.split(line, comments=True)) and words[0] in main.VERBS]
+
+
+def test_every_command_has_a_verb_and_options_that_there_are() -> None:
+    """Words alone, since most stand for files and GPUs; those of the README are run (`test_readme.py`)."""
+    count = 0
+    for document in sorted((ROOT / "docs").rglob("*.md")):
+        for words in commands(document.read_text(encoding="utf-8")):
+            command, context, count = typer.main.get_command(main.app), None, count + 1
+            rest = ["tersor", *words]
+            while True:
+                try:
+                    context = command.make_context(rest[0], rest[1:], parent=context)
+                except Exception as error:  # typer carries a click of its own, whose errors are known by their shape
+                    said = getattr(error, "format_message", lambda error=error: repr(error))()
+                    pytest.fail(f"{document.name}: tersor {shlex.join(words)}: {said}")
+                if not hasattr(command, "resolve_command"):
+                    break
+                rest = [*context._protected_args, *context.args]
+                _, command, _ = command.resolve_command(context, rest)
+    assert count > 40
 
 
 @pytest.mark.parametrize("document", [path for path in DOCUMENTS if path.parent != ROOT], ids=shown_name)

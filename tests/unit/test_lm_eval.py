@@ -207,13 +207,15 @@ def test_without_lm_eval_a_line_says_what_to_install(monkeypatch: pytest.MonkeyP
 
 
 def test_models_answer_tasks_from_the_command_line(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     offline(monkeypatch, tmp_path)
+    monkeypatch.chdir(tmp_path)
     output = tmp_path / "out.json"
     words = ["eval", str(tiny_lm.TINY), "--tasks", str(folder), "--device", "cpu", "-o", str(output)]
     assert run(words) == 0
-    table = capsys.readouterr().out
+    table, said = capfd.readouterr()
+    assert "fatal" not in said, "git has nothing to say of a directory without a commit"
     result = json.loads(output.read_text())
     assert (result["kind"], result["version"], result["text"], result["limit"]) == ("tersor eval", 1, None, None)
     found = {(one["task"], one["metric"]): one for one in result["tasks"]}

@@ -172,6 +172,13 @@ def test_other_options_are_refused(model: Any, tmp_path: Path, options: dict[str
     assert checkpoints.bytes_of(tmp_path / "out.partial") == before
 
 
+def test_an_option_that_is_left_out_is_another_option(model: Any, tmp_path: Path) -> None:
+    with pytest.raises(interrupted.Stopped):
+        quantize(model, tmp_path / "out", **OPTIONS, transforms=["rotate"], progress=interrupted.after(0.5))
+    with pytest.raises(InputError, match=r'it was made with transforms \["rotate"\], now null'):
+        quantize(model, tmp_path / "out", **OPTIONS, resume=True)
+
+
 def test_another_source_is_refused(model: Any, tmp_path: Path) -> None:
     source = shutil.copytree(model, tmp_path / "model")
     interrupt(source, tmp_path / "out")

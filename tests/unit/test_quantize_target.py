@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from tersor.convert.calibrate import scores
 from tersor.convert.calibrate.run import Run
 from tersor.convert.calibrate.text import read_windows
 from tersor.convert.mix import usual_mix
-from tersor.errors import FormatError, InputError
+from tersor.errors import FormatError, InputError, TersorError
 from tersor.formats import Mix
 from tersor.integrations.transformers.architecture import read_architecture
 from tersor.nn import MixedLinear
@@ -43,7 +44,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(folder: Path, name: str, **options: Any) -> Path:
     """Compress the model of the folder, and return the directory."""
-    given = {"levels": LEVELS, "target_bits": 5.0, "calibration": folder / "text.txt", **TEXT, **options}
+    fixed = {"levels": LEVELS, "target_bits": 5.0, "calibration": folder / "text.txt", "algorithm": "rtn"}
+    given = {**fixed, **TEXT, **options}
     quantize(folder / "model", folder / name, **given)
     return folder / name
 
@@ -53,17 +55,23 @@ def log(output: Path) -> dict[str, Any]:
     return json.loads((output / "tersor-mix.json").read_text())
 
 
-def test_a_budget_of_bits_is_spent_by_scores_that_are_the_expected_kl(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: dict[str, torch.Tensor] = {}
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
+    """Module -> scores of its output features, of the run that a test makes."""
+    found: dict[str, torch.Tensor] = {}
     whole = scores.Scoring.run
 
     def spying(self: scores.Scoring, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
-        seen.update(whole(self, *args, **kwargs))
-        return seen
+        found.update(whole(self, *args, **kwargs))
+        return found
 
     monkeypatch.setattr(scores.Scoring, "run", spying)
+    return found
+
+
+def test_a_budget_of_bits_is_spent_by_scores_that_are_the_expected_kl(
+    folder: Path, seen: dict[str, torch.Tensor]
+) -> None:
     output = run(folder, "rounded")
     found = log(output)
     assert found["bits_per_weight"] <= 5.0 and found["bits_per_weight"] == pytest.approx(5.0, abs=0.2)
@@ -94,7 +102,7 @@ def test_a_budget_of_bits_is_spent_by_scores_that_are_the_expected_kl(
     torch.testing.assert_close(seen[name][0], total / sum(map(len, windows)), rtol=1e-3, atol=1e-9)
 
 
-def windows_of(folder: Path, tokens: list[int]) -> list[torch.Tensor]:
+def windows_of(folder: Path, tokens: Iterable[int]) -> list[torch.Tensor]:
     """Return the windows that calibration takes of the text: three of 32 tokens."""
     ids = read_windows(str(folder / "text.txt"), calibrated.tokenizer(), 3, 32, calibrated.VOCABULARY)
     assert set(ids.flatten().tolist()) <= {*tokens, 1}
@@ -184,6 +192,16 @@ def test_what_cannot_be_met_is_said_before_anything_is_scored(folder: Path, monk
         ({"target_bits": None, "target_latency": 1e-3, "batch": 0}, "batch 0 is not a positive number"),
         ({"batch": 4}, "batch and chip say for what a latency is predicted"),
         ({"levels": ["int8"]}, "at least two levels"),
+        ({"format": "int4"}, "output features have levels in its place: leave it out, or make it one of them"),
+        ({"score": "taylor"}, "unknown score 'taylor' "),
+        (
+            {"target_bits": None, "levels": [], "score": "mixllm"},
+            "score 'mixllm' compares output features for a target",
+        ),
+        ({"target_shares": [0.5, 0.3, 0.2]}, "target bits and target shares are both given"),
+        ({"target_bits": None, "target_shares": [0.5, 0.5]}, "shares .* of 3 levels: give one a level"),
+        ({"target_bits": None, "target_shares": [0.5, 0.5, 0.2]}, "which add up to 1"),
+        ({"target_bits": None, "target_size": 10_000}, "a budget of 1e-05 GB is below"),
         ({"levels": ["uint4:g48", "int8"]}, "group size 48 does not divide the 128"),
         ({"calibration": None, "calibration_tokens": None, "calibration_window": None}, "add --calibration FILE"),
         ({"dry_run": True}, "a dry run scores no output features"),
@@ -213,6 +231,94 @@ def test_a_latency_is_met_by_prediction(tmp_path: Path, capsys: pytest.CaptureFi
     assert 1e-3 * low <= found["predicted_seconds"] <= 0.5e-3 * (low + high) and found["bits_per_weight"] > 3
     config = json.loads((folder / "fast" / "config.json").read_text())
     assert config["quantization_config"]["provenance"]["target"].endswith("a step of 4 rows on NVIDIA H200")
+
+
+def test_the_limits_that_a_refusal_names_can_be_asked_for(folder: Path) -> None:
+    with pytest.raises(InputError) as refused:
+        run(folder, "limits", target_bits=1.0)
+    found = re.search(r"feasible are (\S+) to (\S+) GB, (\S+) to (\S+) bits", str(refused.value))
+    assert found is not None
+    for number, (what, limit) in enumerate(zip(("size", "size", "bits", "bits"), found.groups(), strict=True)):
+        value = float(limit) * (1e9 if what == "size" else 1)
+        output = run(folder, f"limit{number}", **{"target_bits": None, f"target_{what}": value})
+        assert len(set(log(output)["shares"]) - {0.0}) == 1
+
+
+def test_mixllms_score_is_that_of_the_texts_own_labels_window_by_window(
+    folder: Path, seen: dict[str, torch.Tensor]
+) -> None:
+    output = run(folder, "by-mixllm", score="mixllm", effort="high", algorithm="gptq")
+    assert log(output)["score"] == "mixllm"
+    config = json.loads((output / "config.json").read_text())["quantization_config"]
+    assert config["provenance"]["target"] == "5 true bits a weight, by the score mixllm"
+
+    name, total = "model.layers.0.self_attn.o_proj", torch.zeros(128, dtype=torch.float64)
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    weight = model.get_submodule(name).weight
+    delta = (encode(weight.detach(), SMALL.levels[0]).dequantize() - weight).detach()
+    windows = windows_of(folder, range(calibrated.VOCABULARY))
+    for window in windows:
+        model.zero_grad()
+        logits = model(window[None]).logits[0, :-1]
+        torch.nn.functional.cross_entropy(logits, window[1:], reduction="sum").backward()
+        change = (weight.grad * delta).sum(dim=1).double()
+        total += (change + change.square() / 2).abs()
+    torch.testing.assert_close(seen[name][0], total / len(windows), rtol=1e-3, atol=1e-7)
+
+
+def test_a_count_rule_gives_each_level_its_share_of_all_features(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [word for level in LEVELS for word in ("--level", level)]
+    options += ["--calibration", str(folder / "text.txt"), "--calibration-tokens", "96", "--calibration-window", "32"]
+    output = folder / "counted"
+    arguments = ["quantize", str(folder / "model"), "-o", str(output), "--target-shares", "50%,40%,10%", *options]
+    with pytest.raises(SystemExit) as ended:
+        main([*arguments, "--score", "mixllm", "--algorithm", "rtn"])
+    assert not ended.value.code and "lost by the score mixllm" in capsys.readouterr().out
+    assert log(output)["shares"] == pytest.approx([0.5, 0.4, 0.1], abs=1e-3)
+    with pytest.raises(SystemExit) as ended:
+        main([*arguments[:4], "--target-shares", "50,50", *options])
+    assert ended.value.code and "'50,50' are not percentages such as 90%,10%" in capsys.readouterr().err
+
+
+def test_one_command_without_an_algorithm_chooses_codes_by_gptq_and_says_what_kernels_cost(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--calibration", str(folder / "text.txt"), "--calibration-tokens", "96", "--calibration-window", "32"]
+    output = folder / "one-command"
+    with pytest.raises(SystemExit) as ended:
+        main(["quantize", str(folder / "model"), "-o", str(output), "--target-bits", "4.6", *options])
+    shown = capsys.readouterr().out
+    assert not ended.value.code and "because kernels take units of 64 rows; " in shown
+    assert re.search(r"of that \d+\.\d % because gate and up of a channel have one level", shown)
+    assert json.loads((output / "tersor-calibration.json").read_text())["algorithm"] == "gptq"
+
+
+def test_groups_that_are_asked_for_are_those_of_the_usual_levels(folder: Path) -> None:
+    found = log(run(folder, "grouped", levels=[], group_size=32, target_bits=4.6))
+    assert found["levels"][:3] == ["uint3:g32:float16", "uint4:g32:float16", "fp5_e2m2:row:float16"]
+
+
+def test_scoring_whose_memory_runs_out_is_one_line_and_keeps_what_is_finished(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(scores.Scoring, "run", fail)
+        with pytest.raises(TersorError, match="the memory of cpu ran out: free some, and run again with --resume"):
+            run(folder, "out-of-memory")
+    assert (folder / "out-of-memory.partial").exists()
+    assert run(folder, "out-of-memory", resume=True).exists()
+
+
+def test_progress_of_scoring_begins_with_what_there_is_to_do(folder: Path) -> None:
+    calls: list[tuple[int, int, str]] = []
+    run(folder, "told", progress=lambda *call: calls.append(call))
+    first = [number for number, (_, _, name) in enumerate(calls) if name == "scores of output features"]
+    assert calls[first[0] - 1][::2] == (0, "") and calls[first[0] - 1][1] == calls[first[-1]][0] == calls[first[-1]][1]
 
 
 def test_the_usual_levels_have_the_largest_groups_that_fit() -> None:

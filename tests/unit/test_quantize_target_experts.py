@@ -18,6 +18,7 @@ from tersor.convert import quantize
 from tersor.convert.calibrate import expert_scores, scores
 from tersor.convert.calibrate.text import read_windows
 from tersor.convert.mix import mixable
+from tersor.errors import InputError
 from tersor.formats import get_scheme
 from tersor.integrations.transformers.architecture import read_architecture
 
@@ -39,6 +40,7 @@ def made(kind: str, folder: Path) -> Path:
 def run(folder: Path, **options: Any) -> Path:
     """Compress the model of a folder, and return the directory."""
     given: dict[str, Any] = {"levels": LEVELS, "target_bits": 5.0, "calibration": folder / "text.txt", **options}
+    given.setdefault("algorithm", "rtn")
     quantize(folder / "model", folder / "mixed", calibration_tokens=96, calibration_window=32, **given)
     return folder / "mixed"
 
@@ -129,3 +131,10 @@ def test_a_budget_covers_experts_whose_levels_are_alike(kind: str, algorithm: st
             for path in (output, folder / "model")
         )
     assert float((one - other).norm()) < 0.3 * float(other.norm())
+
+
+def test_mixllms_score_of_experts_is_refused_before_the_work(tmp_path: Path) -> None:
+    folder = made("mixtral", tmp_path)
+    with pytest.raises(InputError, match="score 'mixllm' knows no experts: leave it out, or ignore them"):
+        run(folder, score="mixllm")
+    assert not (folder / "mixed.partial").exists()

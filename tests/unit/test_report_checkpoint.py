@@ -74,7 +74,13 @@ def test_a_mix_shows_its_levels_and_what_they_were_chosen_for(
     shown = Page(page(made))
     assert shown.row("of all output features")[1] == "90.0% at uint3:g64:float16, 10.0% at int8:row:float16"
     assert shown.row("level")[1] == "uint3, one float16 scale a group of 64"
-    assert shown.row("to fill units of kernels")[1] == "2.0 kB" and shown.row("expected KL")[1] == "0.0125 nats a token"
+    assert (
+        shown.row("to fill units of kernels")[1] == "2.0 kB" and shown.row("expected loss")[1] == "0.0125 nats a token"
+    )
+    one["mix"] |= {"score": "mixllm"}
+    scored = Page(page(made))
+    assert scored.row("compared by the score")[1] == "mixllm"
+    assert scored.row("expected loss")[1] == "0.0125 by that score"
     layer = shown.row(one["layers"][0]["layer"])
     assert layer[1].endswith(" (58 of uint3:g64:float16, 6 of int8:row:float16)")
     for broken, words in (

@@ -76,6 +76,6 @@ def test_sizes_that_do_not_fit_and_sums_of_nothing_are_refused() -> None:
     with pytest.raises(InputError, match="salience of no tokens"):
         found.mean()
     with pytest.raises(ShapeError, match="does not add to kl"):
-        found.merge(Salience(2, 5, "taylor"))
+        found.merge(Salience(2, 5, "mixllm"))
     with pytest.raises(InputError, match="unknown score 'kld', did you mean 'kl'"):
         Salience(2, 5, "kld")

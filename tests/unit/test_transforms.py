@@ -325,7 +325,10 @@ def test_the_command_takes_transforms(tmp_path: Path, text: Path, quick: None) -
         ({"transforms": "awq"}, "transforms are a list of names, not the text 'awq'"),
         ({"transforms": ["awq"]}, "transform 'awq' needs a text to calibrate on: add --calibration FILE"),
         ({"transforms": ["tweak-norms"]}, "transform 'tweak-norms' needs a text to calibrate on"),
-        ({"transforms": ["rotate"], "calibration": "a.txt"}, "algorithm 'rtn' takes no calibration text"),
+        (
+            {"transforms": ["rotate"], "calibration": "a.txt", "algorithm": "rtn"},
+            "algorithm 'rtn' takes no calibration text",
+        ),
     ],
 )
 def test_options_that_do_not_fit_are_one_line_and_leave_nothing(

@@ -63,12 +63,11 @@ def progress(label: str) -> Iterator[Callable[[int, int], None]]:
 
 @contextmanager
 def telling() -> Iterator[None]:
-    """Show on a terminal, through stderr, what the logger `tersor` is told, such as that kernels are compiled."""
+    """Show through stderr what the logger `tersor` is told: warnings, on a terminal also that kernels are compiled."""
     logger = logging.getLogger("tersor")
-    handler, level = _Lines(), logger.level
-    if sys.stderr.isatty():
-        logger.addHandler(handler)
-        logger.setLevel(logging.INFO)
+    handler, level = _Lines(logging.INFO if sys.stderr.isatty() else logging.WARNING), logger.level
+    logger.addHandler(handler)
+    logger.setLevel(handler.level)
     try:
         yield
     finally:

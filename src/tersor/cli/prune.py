@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from tersor.cli import options
-from tersor.cli.quantize import give, parse_size, resumable, show_progress
+from tersor.cli import console, options
+from tersor.cli.converted import give
+from tersor.cli.quantize import parse_size, resumable, show_progress
 
 
 def command(
@@ -78,7 +79,7 @@ def command(
     """Prune, then print what became of the tensors."""
     from tersor.convert.prune import prune
 
-    with resumable(output), show_progress(f"{Path(model).name} pruned by {algorithm}") as progress:
+    with resumable(output), show_progress(f"{Path(model).name} pruned by {algorithm}") as progress, console.telling():
         report = prune(
             model,
             output,

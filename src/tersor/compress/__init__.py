@@ -1,6 +1,15 @@
 """Which code should this weight get?"""
 
-from tersor.compress.encode import DEFAULT_RECIPE, RECIPES, Recipe, Statistics, encode, encode_blocks, get_recipe
+from tersor.compress.encode import (
+    CALIBRATED_RECIPE,
+    DEFAULT_RECIPE,
+    RECIPES,
+    Recipe,
+    Statistics,
+    encode,
+    encode_blocks,
+    get_recipe,
+)
 from tersor.compress.gptq import quantize_gptq
 from tersor.compress.rtn import quantize_rtn
 from tersor.compress.statistics import (
@@ -13,6 +22,7 @@ from tersor.compress.statistics import (
 from tersor.formats import Encoded
 
 __all__ = [
+    "CALIBRATED_RECIPE",
     "DEFAULT_RECIPE",
     "HESSIAN",
     "OUTPUT_HESSIAN",

@@ -82,8 +82,7 @@ def allocate_by_count(
         InputError: shares that are none, or not one a level.
         ShapeError: losses of the wrong shape.
     """
-    if len(shares) != len(levels) or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
-        raise InputError(f"shares {list(shares)} of {len(levels)} levels: give one a level, which add up to 1")
+    check_shares(shares, len(levels))
     for layer in layers:
         check_losses(layer, len(levels))
     names = [name for layer in layers for name in layer.losses]
@@ -99,6 +98,16 @@ def allocate_by_count(
     chosen = dict(zip(names, np.split(pooled, np.cumsum(sizes)[:-1]), strict=True))
     found = summed(layers, levels, chosen, unit, 0.0, 0.0)
     return replace(found, free_loss=found.loss, pairs_loss=found.loss)
+
+
+def check_shares(shares: Sequence[float], levels: int) -> None:
+    """Hold that shares are parts of all features, one a level.
+
+    Raises:
+        InputError: they are not.
+    """
+    if len(shares) != levels or not min(shares) >= 0 or not abs(sum(shares) - 1) <= 1e-6:
+        raise InputError(f"shares {list(shares)} of {levels} levels: give one a level, which add up to 1")
 
 
 class Blocks:

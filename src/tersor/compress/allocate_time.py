@@ -17,7 +17,7 @@ from typing import Protocol
 import numpy as np
 
 from tersor.compress.allocate import Blocks, spend
-from tersor.compress.allocation import Allocation, Bytes, Chosen, Floats, Fused, check_losses, summed
+from tersor.compress.allocation import Allocation, Bytes, Chosen, Floats, Fused, check_losses, inward, summed
 from tersor.errors import InputError
 from tersor.formats import Scheme
 
@@ -90,8 +90,8 @@ def check_time(layers: Sequence[Fused], levels: Sequence[Scheme], clock: Clock, 
     if not fastest <= budget <= slowest:
         side = "below what the fastest levels take" if budget < fastest else "above what the slowest levels take"
         raise InputError(
-            f"a latency of {1e3 * budget:.4g} ms is {side}: feasible are {1e3 * fastest:.4g} to {1e3 * slowest:.4g} "
-            f"ms, predicted for the linears of {clock.words}"
+            f"a latency of {1e3 * budget:.4g} ms is {side}: feasible are {inward(1e3 * fastest, True)} to "
+            f"{inward(1e3 * slowest, False)} ms, predicted for the linears of {clock.words}"
         )
 
 

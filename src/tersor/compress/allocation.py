@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -106,11 +107,19 @@ def check_budget(
     if not smallest <= budget <= largest:
         weights = sum(layer.weights for layer in layers)
         side = "below what the smallest levels take" if budget < smallest else "above what the largest levels take"
+        bits = f", {8 * budget / weights:.3f} bits a weight, is" if budget > 0 else " is"
+        sizes = [inward((limit + beside) / 1e9, up) for limit, up in ((smallest, True), (largest, False))]
+        least, most = math.ceil(8000 * smallest / weights) / 1000, math.floor(8000 * largest / weights) / 1000
         raise InputError(
-            f"a budget of {(budget + beside) / 1e9:.4g} GB, {8 * budget / weights:.3f} bits a weight, is {side}: "
-            f"feasible are {(smallest + beside) / 1e9:.4g} to {(largest + beside) / 1e9:.4g} GB, "
-            f"{8 * smallest / weights:.3f} to {8 * largest / weights:.3f} bits"
+            f"a budget of {(budget + beside) / 1e9:.4g} GB{bits} {side}: feasible are {sizes[0]} to {sizes[1]} GB, "
+            f"{least:.3f} to {most:.3f} bits"
         )
+
+
+def inward(limit: float, up: bool) -> str:
+    """Return the four digits of the limit of a range that are within it: rounded up where it begins, else down."""
+    step = 10.0 ** (math.floor(math.log10(limit)) - 3)
+    return f"{(math.ceil if up else math.floor)(limit / step) * step:.4g}"
 
 
 def feasible(layers: Sequence[Fused], levels: Sequence[Scheme], unit: int = 64) -> tuple[int, int]:

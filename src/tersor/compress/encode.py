@@ -23,6 +23,8 @@ Statistics: TypeAlias = Mapping[str, torch.Tensor]
 """What calibration has summed up for one layer, by name, such as the Hessian [IC, IC] of its inputs."""
 
 DEFAULT_RECIPE = "rtn"
+CALIBRATED_RECIPE = "gptq"
+"""The default where there is a text to calibrate on."""
 
 BLOCK_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 24}
 """Elements of a block, by type of device: on a CPU what the passes over a block touch stays in its cache."""
@@ -49,7 +51,7 @@ class Recipe:
 
 RECIPES: dict[str, Recipe] = {
     DEFAULT_RECIPE: Recipe(lambda weight, scheme, _: quantize_rtn(weight, scheme), "rounded to nearest"),
-    "gptq": Recipe(quantize_gptq, "calibrated by GPTQ", (HESSIAN,), all_rows=True),
+    CALIBRATED_RECIPE: Recipe(quantize_gptq, "calibrated by GPTQ", (HESSIAN,), all_rows=True),
 }
 """Every recipe by the name that `quantize(algorithm=...)` and `--algorithm` take."""
 

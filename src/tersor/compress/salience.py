@@ -7,8 +7,8 @@ of that:
 - Expected KL: S_c = mean_t g_tc^2 (delta_c . x_t)^2 / 2, in nats a token. With labels drawn from the model's own
   predictions, E[g g^T] is the Fisher information, so this is the second-order term of KL(original || rounded) where
   tokens and features are taken as independent. It adds up over features, and the sum predicts the model's KL.
-- Taylor: MixLLM's score (arXiv 2412.14590v2, section 3.2), the mean over samples of |a_c + a_c^2 / 2| with the text's
-  own labels. It ranks features; it is no loss that could be divided by bytes.
+- Taylor, `mixllm` by name: MixLLM's score (arXiv 2412.14590v2, section 3.2), the mean over samples of
+  |a_c + a_c^2 / 2| with the text's own labels. It ranks features; it is no loss that could be divided by bytes.
 """
 
 from __future__ import annotations
@@ -58,27 +58,37 @@ def _pulls(x: torch.Tensor, grad: torch.Tensor, delta: torch.Tensor) -> torch.Te
     return (x.to(dtype) @ delta.to(dtype).T).to(torch.float32).mul_(grad)
 
 
-SCORES: dict[str, Summand] = {"kl": expected_kl, "taylor": taylor}
+KL, MIXLLM = "kl", "mixllm"
+SCORES: dict[str, Summand] = {KL: expected_kl, MIXLLM: taylor}
 """Every score by its name: what one batch, or one sample, adds to the sum of each feature."""
+
+
+def check_score(name: str) -> None:
+    """Hold that there is a score of this name.
+
+    Raises:
+        InputError: there is none.
+    """
+    if name not in SCORES:
+        raise InputError(f"unknown score {name!r}{did_you_mean(name, SCORES)} (known: {', '.join(SCORES)})")
 
 
 class Salience:
     """Sums of one linear's scores, for every level a feature may have, over batches of tokens."""
 
-    def __init__(self, levels: int, features: int, score: str = "kl", device: torch.device | str = "cpu") -> None:
+    def __init__(self, levels: int, features: int, score: str = KL, device: torch.device | str = "cpu") -> None:
         """Start with sums of nothing.
 
         Args:
             levels: how many rounding errors each batch comes with.
             features: OC.
-            score: a key of `SCORES`. A batch for `taylor` is one sample.
+            score: a key of `SCORES`. A batch for `mixllm` is one sample.
             device: where the sums are kept; inputs are on it as well.
 
         Raises:
             InputError: no such score.
         """
-        if score not in SCORES:
-            raise InputError(f"unknown score {score!r}{did_you_mean(score, SCORES)} (known: {', '.join(SCORES)})")
+        check_score(score)
         self.score = score
         self._sums = torch.zeros(levels, features, dtype=torch.float64, device=device)
         self._count = 0
@@ -100,7 +110,7 @@ class Salience:
             raise ShapeError(f"{len(deltas)} rounding errors for {len(self._sums)} levels")
         for total, delta in zip(self._sums, deltas, strict=True):
             total += SCORES[self.score](x, grad, delta)
-        self.saw((len(x) if self.score == "kl" else 1) if tokens is None else tokens)
+        self.saw((len(x) if self.score == KL else 1) if tokens is None else tokens)
 
     def saw(self, count: int) -> None:
         """Count tokens, or samples, that add nothing to the sums: those that a linear does not see."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from tersor.checkpoint.config import MIXED_FORMAT, Represented
@@ -10,7 +11,8 @@ from tersor.checkpoint.exports import Export
 from tersor.checkpoint.source import Source
 from tersor.compress import get_recipe
 from tersor.compress.prune import ALGORITHMS
-from tersor.formats import Mix, Plain, Pruned, Scheme, Sparse
+from tersor.convert.transforms import CALIBRATED
+from tersor.formats import Assignment, Mix, Plain, Pruned, Scheme, Sparse
 from tersor.version import __version__
 
 _LOADING = """
@@ -50,8 +52,10 @@ def model_card(source: Source, conversion: Conversion, export: Export, recipe: s
         f"# {source.label} in {said}",
         "",
         f"Linear weights are {levels}, {_made(conversion.config.scheme, recipe)} by Tersor {__version__}.",
+        *_taken(conversion),
+        *_levels(conversion),
         *_pruned(conversion),
-        *_calibrated(conversion),
+        *_calibrated(conversion, recipe),
         *_transformed(conversion),
         *_before(conversion),
         *(_use(source) if export.name == "tersor" else [_elsewhere(export)]),
@@ -88,6 +92,33 @@ def _made(scheme: Represented, recipe: str) -> str:
     return get_recipe(recipe).summary
 
 
+def _taken(conversion: Conversion) -> list[str]:
+    """Say how much weights take, scales and levels counted, and all tensors."""
+    made = [step for step in conversion.steps if step.scheme is not None]
+    if not made:
+        return []
+    bits = 8 * sum(step.output_bytes for step in made) / sum(math.prod(step.source.spec.shape) for step in made)
+    before = sum(step.source.nbytes for step in conversion.steps)
+    return [
+        f"They take {bits:.3f} bits a weight, scales counted; all tensors take {conversion.output_bytes:,} bytes, "
+        f"where those of the source take {before:,}."
+    ]
+
+
+def _levels(conversion: Conversion) -> list[str]:
+    """Say for what the levels of a mix were chosen, and how many output features have each."""
+    chosen = [step.scheme for step in conversion.steps if isinstance(step.scheme, Assignment)]
+    if not chosen:
+        return []
+    counts = [sum(rows) for rows in zip(*(one.rows for one in chosen), strict=True)]
+    shares = (100 * count / sum(counts) for count in counts)
+    pairs = zip(shares, chosen[0].mix.levels, strict=True)
+    each = ", ".join(f"{share:.1f} % are {level.format.name}" for share, level in pairs)
+    target = conversion.config.provenance.get("target")
+    asked = f", chosen for {target}; tersor-mix.json says what that is expected to lose" if target else ""
+    return [f"Of all output features {each}{asked}."]
+
+
 def _pruned(conversion: Conversion) -> list[str]:
     """Say how much is left of what is stored sparse."""
     found = [step for step in conversion.steps if isinstance(step.scheme, Pruned) and step.layer is not None]
@@ -98,10 +129,14 @@ def _pruned(conversion: Conversion) -> list[str]:
     return [f"{len(found)} pruned weights are stored sparse: {100 * left / weights:.1f} % of their elements are left."]
 
 
-def _calibrated(conversion: Conversion) -> list[str]:
+def _calibrated(conversion: Conversion, recipe: str) -> list[str]:
+    """Say what text was read, and for what: of a mix that is rounded to nearest, for its levels alone."""
     said = conversion.config.provenance
     if "calibration" not in said:
         return []
+    changing = any(name in said.get("transforms", "").split(", ") for name in CALIBRATED)
+    if recipe not in ALGORITHMS and not get_recipe(recipe).needs and not changing:
+        return [f"Its output features were scored on {said['calibration']}."]
     return [
         f"It was calibrated on {said['calibration']}, effort {said['effort']}; tersor-calibration.json has the log."
     ]

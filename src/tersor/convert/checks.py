@@ -18,16 +18,19 @@ from tersor.checkpoint.writer import output_error
 from tersor.convert.resume import Workplace
 from tersor.errors import InputError, OutputError
 
+DEFAULT_FORMAT = "fp6"
 DEFAULT_SHARD_BYTES = 5_000_000_000
 _SPARE_BYTES = 64 << 20
 
 
-def check_levels(scored: bool, given: bool, dry_run: bool, export: str, outliers: str | None, scales: bool) -> None:
+def check_levels(
+    scored: bool, given: bool, dry_run: bool, export: str, outliers: str | None, scales: bool, format: str
+) -> None:
     """Hold that what is said of the levels of output features fits what is said beside it.
 
     Args:
         scored, given: whether they follow from a target, or are there.
-        dry_run, export, outliers: as `tersor.quantize` takes them.
+        dry_run, export, outliers, format: as `tersor.quantize` takes them.
         scales: whether a group size or a scale dtype is asked for.
 
     Raises:
@@ -35,6 +38,11 @@ def check_levels(scored: bool, given: bool, dry_run: bool, export: str, outliers
     """
     if scored and given:
         raise InputError("levels of output features are given, and a target by which they are chosen: keep one of them")
+    if (scored or given) and format != DEFAULT_FORMAT:
+        raise InputError(
+            f"format {format!r} is given, and output features have levels in its place: leave it out, or make it one "
+            f"of them (--level {format})"
+        )
     if scored and dry_run:
         raise InputError("a dry run scores no output features: leave the target out")
     if scored and export != "tersor":

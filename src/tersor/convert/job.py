@@ -13,7 +13,9 @@ from tersor.checkpoint.config import Represented, parse_ignore
 from tersor.checkpoint.conversion import Conversion, make_conversion
 from tersor.checkpoint.exports import get_export
 from tersor.checkpoint.modules import Architecture
-from tersor.compress import DEFAULT_RECIPE, get_recipe
+from tersor.compress import CALIBRATED_RECIPE, DEFAULT_RECIPE, get_recipe
+from tersor.compress.salience import KL
+from tersor.convert import kernels
 from tersor.convert.beside import model_dtype
 from tersor.convert.calibrate import (
     Calibration,
@@ -23,6 +25,7 @@ from tersor.convert.calibrate import (
     planned_again,
 )
 from tersor.convert.checks import (
+    DEFAULT_FORMAT,
     DEFAULT_SHARD_BYTES,
     check_destination,
     check_growth,
@@ -32,7 +35,7 @@ from tersor.convert.checks import (
     check_space,
 )
 from tersor.convert.making import Making
-from tersor.convert.mix import STAND_IN, fingerprint, mix_of
+from tersor.convert.mix import STAND_IN, Mixable, fingerprint, mix_of
 from tersor.convert.module import quantize_module
 from tersor.convert.pipeline import Progress
 from tersor.convert.report import Report
@@ -55,7 +58,7 @@ def quantize(
     format: str = ...,
     group_size: int | None = ...,
     scale_dtype: str | None = ...,
-    algorithm: str = ...,
+    algorithm: str | None = ...,
     ignore: Sequence[str] = ...,
     overrides: Mapping[str, Any] | Sequence[str] = ...,
     dry_run: bool = ...,
@@ -73,7 +76,7 @@ def quantize(
     format: str = ...,
     group_size: int | None = ...,
     scale_dtype: str | None = ...,
-    algorithm: str = ...,
+    algorithm: str | None = ...,
     ignore: Sequence[str] = ...,
     overrides: Mapping[str, Any] | Sequence[str] = ...,
     dry_run: bool = ...,
@@ -99,6 +102,8 @@ def quantize(
     target_latency: float | None = ...,
     batch: int | None = ...,
     chip: str | None = ...,
+    target_shares: Sequence[float] | None = ...,
+    score: str = ...,
 ) -> Report: ...
 
 
@@ -106,10 +111,10 @@ def quantize(
     model: nn.Module | str | os.PathLike[str],
     output: str | os.PathLike[str] | None = None,
     *,
-    format: str = "fp6",
+    format: str = DEFAULT_FORMAT,
     group_size: int | None = None,
     scale_dtype: str | None = None,
-    algorithm: str = DEFAULT_RECIPE,
+    algorithm: str | None = None,
     ignore: Sequence[str] = (),
     overrides: Mapping[str, Any] | Sequence[str] = (),
     dry_run: bool = False,
@@ -135,6 +140,8 @@ def quantize(
     target_latency: float | None = None,
     batch: int | None = None,
     chip: str | None = None,
+    target_shares: Sequence[float] | None = None,
+    score: str = KL,
 ) -> Report:
     """Compress the linear weights of a checkpoint, tensor by tensor, or those of a module, in place.
 
@@ -154,7 +161,7 @@ def quantize(
         group_size: consecutive input channels that share a scale; `None` is one scale a row.
         scale_dtype: `float16` (default), `bfloat16`, `float32` or `e8m0`; exports default to the model's dtype.
         algorithm: how codes are chosen, a key of `compress.RECIPES`: `rtn`, round to nearest, or `gptq`, which needs a
-            text to calibrate on, and the transformers code of the model.
+            text to calibrate on, and the transformers code of the model; `None` is `gptq` where there is a text.
         ignore: regular expressions of modules to leave alone; found anywhere in the module's name.
         overrides: `REGEX=FORMAT[:gN|:row][:SCALE_DTYPE]`, or a mapping of the two (or of a pattern to a mapping with
             `format`, `group_size`, `scale_dtype`); the first that is found decides. The output head, embeddings and
@@ -187,6 +194,8 @@ def quantize(
         target_size: bytes of the checkpoint's tensors, in place of bits.
         target_latency: seconds that the products with all of them are predicted to take in a step, in place of bits.
         batch, chip: rows of that step, 1 for `None`, and the GPU by its name; `None` is an H200.
+        target_shares: in place of all that, which part of all output features gets each level: MixLLM's count rule.
+        score: by what output features are compared: `kl`, the divergence expected of each, or `mixllm`, its score.
 
     Returns:
         What was done, tensor by tensor.
@@ -196,11 +205,12 @@ def quantize(
         OutputError: the output cannot be written; the work so far stays for `resume`.
     """
     limits = (target_bits, target_size, target_latency, batch, chip)
-    target = parse_target(levels, *limits, group_size, scale_dtype)
+    target = parse_target(levels, *limits, group_size, scale_dtype, target_shares, score)
     mix = mix_of(assignments)
     wanted = parse_transforms(transforms)
     scales = (group_size, scale_dtype) != (None, None)
-    check_levels(target is not None, mix is not None, dry_run, export, outliers, scales)
+    check_levels(target is not None, mix is not None, dry_run, export, outliers, scales, format)
+    algorithm = algorithm or (DEFAULT_RECIPE if calibration is None else CALIBRATED_RECIPE)
     text = None
     if calibration is not None:
         text = Calibration(os.fspath(calibration), calibration_tokens, calibration_window, effort, seed, wanted)
@@ -265,6 +275,9 @@ def quantize(
         conversion = converted(architecture)
         if released is not None:
             check_growth(source, conversion, released, patterns)
+        if export == "tersor":
+            mixed = target.mix(Mixable.of(conversion)).levels if target is not None else ()
+            kernels.tell(conversion, model_dtype(source), where, mixed)
         if dry_run or destination is None:
             return making.planned(conversion, chosen_export)
         given, targets, scored = None, architecture.find(source.tensors) if text is not None else {}, target is not None

@@ -20,6 +20,7 @@ from tersor.checkpoint.source import open_source
 from tersor.compress.allocate import allocate, allocate_by_count
 from tersor.compress.allocate_time import Clock, allocate_time
 from tersor.compress.allocation import Allocation, Floats, Fused
+from tersor.compress.salience import KL
 from tersor.convert.shared import Shared, shared_weights
 from tersor.errors import InputError
 from tersor.formats import Assignment, Mix, get_scheme
@@ -45,17 +46,20 @@ class Mixing:
         assignments: module -> the level of each of its output features.
         allocation: bytes and losses, those of a free choice beside.
         timed: what was predicted where the budget was one of time, in words, else an empty string.
+        score: by what output features were compared, a key of `salience.SCORES`.
     """
 
     assignments: dict[str, Assignment]
     allocation: Allocation
     timed: str = ""
+    score: str = KL
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what was chosen and what it takes and loses, as JSON values; losses are nats a token."""
+        """Return what was chosen and what it takes and loses, as JSON values; losses are nats a token, or scores."""
         found, mix = self.allocation, next(iter(self.assignments.values())).mix
         return {
             "levels": [scheme.key() for scheme in mix.levels],
+            "score": self.score,
             "shares": self.shares,
             "bits_per_weight": found.bits,
             "bytes": found.nbytes,
@@ -93,12 +97,19 @@ def parse_levels(levels: Iterable[str], group_size: int | None = None, scale_dty
     return Mix(schemes)
 
 
-def usual_mix(channels: Iterable[int], scale_dtype: str | None = None) -> Mix:
+def usual_mix(channels: Iterable[int], scale_dtype: str | None = None, group_size: int | None = None) -> Mix:
     """Return the mix of `LEVELS` for modules of so many input channels, in the largest groups that fit all of them.
+
+    Args:
+        channels: of all modules.
+        scale_dtype: of all levels; `None` is float16.
+        group_size: in place of the largest that fits.
 
     Raises:
         InputError: no group size fits.
     """
+    if group_size is not None:
+        return parse_levels(LEVELS, group_size, scale_dtype)
     known = sorted(set(channels))
     size = next((size for size in _GROUPS if all(count % size == 0 for count in known)), None)
     if size is None:
@@ -191,6 +202,7 @@ def assign(
     shares: Sequence[float] | None = None,
     latency: tuple[float, Clock] | None = None,
     experts: Mapping[str, Shared] = MappingProxyType({}),
+    score: str = KL,
 ) -> Mixing:
     """Give every output feature a level.
 
@@ -207,6 +219,7 @@ def assign(
         shares: in place of a budget, which part of all features gets each level, by MixLLM's count rule.
         latency: in place of bytes, seconds of all modules and what predicts them (`latency.Steps`).
         experts: those that share levels (`Mixable.experts`).
+        score: what the scores are, a key of `salience.SCORES`.
 
     Raises:
         InputError: not one of the four is given, a budget that is not feasible (the line says what is), or modules
@@ -231,7 +244,7 @@ def assign(
     chosen = {name: level for name, level in found.chosen.items() if name in scores}
     for name, shared in experts.items():
         chosen |= shared.spread(name, found.chosen)
-    return Mixing({name: Assignment(mix, level.tobytes()) for name, level in chosen.items()}, found, timed)
+    return Mixing({name: Assignment(mix, level.tobytes()) for name, level in chosen.items()}, found, timed, score)
 
 
 def fused(

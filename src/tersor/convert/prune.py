@@ -19,6 +19,7 @@ from tersor.checkpoint.source import StoredTensor
 from tersor.compress import DEFAULT_RECIPE
 from tersor.compress.prune import Pattern, get_algorithm
 from tersor.compress.prune.allocate import allocate as allocate_shares
+from tersor.convert import kernels
 from tersor.convert.beside import model_dtype
 from tersor.convert.calibrate import Calibration, Plan, calibrate, costs, plan
 from tersor.convert.calibrate.alone import alone_bytes, code_alone
@@ -149,6 +150,7 @@ def prune(
         expected = _Expected(asked)
         conversion = converted(architecture, expected.find)
         expected.check(conversion)
+        kernels.tell(conversion, model_dtype(source), where)
         given = None
         if text is not None:
             targets = architecture.find(source.tensors)

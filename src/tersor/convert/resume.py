@@ -156,12 +156,12 @@ class Workplace:
 
 
 def _compare(before: dict[str, Any], now: dict[str, Any], directory: Path) -> None:
-    for key in now:
-        if before.get(key) != now[key]:
+    for key in {**now, **before}:
+        if before.get(key) != now.get(key):
             if key == "weights":
                 what = "the source has changed since"
             else:
-                what = f"it was made with {key} {_short(before.get(key))}, now {_short(now[key])}"
+                what = f"it was made with {key} {_short(before.get(key))}, now {_short(now.get(key))}"
             raise InputError(f"{directory} cannot be continued: {what}; use the same options, or remove it")
 
 

@@ -33,7 +33,7 @@ def read_text(path: str | Path) -> str:
         position = error.start
         raise InputError(f"{file}: is not UTF-8 text: byte {data[position]:#04x} at {position}") from None
     if not text.strip():
-        raise InputError(f"{file}: is empty: give a text to measure on")
+        raise InputError(f"{file}: is empty: give one that holds text")
     return text
 
 

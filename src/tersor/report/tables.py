@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from tersor.compress.salience import KL
 from tersor.formats import LUTS
 from tersor.report.svg import Markup, bar, element, text
 from tersor.report.words import measured, plus_minus, size, times
@@ -23,7 +24,7 @@ _OF_CALIBRATION = {
 
 
 _OF_LOSSES = {
-    "loss": "expected KL",
+    "loss": "expected loss",
     "loss_without_units": "if kernels took single rows",
     "loss_without_pairs_and_units": "if gate and up might differ, too",
 }
@@ -164,7 +165,11 @@ def _mix(said: dict[str, Any]) -> list[tuple[str, str]]:
     if "predicted_seconds" in said:
         of = said.get("predicted_for", "a step")
         rows.append((f"predicted for the linears of {of}", f"{1e3 * said['predicted_seconds']:.4g} ms"))
-    return rows + [(words, f"{said[key]:.4g} nats a token") for key, words in _OF_LOSSES.items() if key in said]
+    by = said.get("score", KL)
+    if by != KL:
+        rows.append(("compared by the score", str(by)))
+    unit = "nats a token" if by == KL else "by that score"
+    return rows + [(words, f"{said[key]:.4g} {unit}") for key, words in _OF_LOSSES.items() if key in said]
 
 
 def _scheme(said: dict[str, Any]) -> str:

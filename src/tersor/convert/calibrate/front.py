@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from tersor.checkpoint.conversion import Conversion, Step
 from tersor.checkpoint.modules import Target
 from tersor.checkpoint.source import Source
 from tersor.compress import get_recipe
+from tersor.compress.salience import KL
 from tersor.convert.beside import model_dtype
 from tersor.convert.calibrate.coder import Coder, RecipeCoder
 from tersor.convert.calibrate.run import Run
@@ -166,7 +168,13 @@ def planned_again(given: Plan, targets: Mapping[str, Target], conversion: Conver
 
 
 def score(
-    given: Plan, conversion: Conversion, modules: Container[str], mix: Mix, directory: Path, progress: Progress | None
+    given: Plan,
+    conversion: Conversion,
+    modules: Container[str],
+    mix: Mix,
+    directory: Path,
+    progress: Progress | None,
+    by: str = KL,
 ) -> dict[str, torch.Tensor]:
     """Return what each output feature of modules loses at each level of a mix, float64 [levels, OC].
 
@@ -177,15 +185,18 @@ def score(
         mix: the levels.
         directory: where the output is made; scores stand in its folder `calibration`.
         progress: called after every block.
+        by: a key of `salience.SCORES`; MixLLM's takes the labels of the text, whose gradients nothing else needs.
 
     Raises:
         InputError, CheckpointError, OutputError: as `Scoring.run` says.
+        TersorError: the device's memory runs out.
     """
     steps = list(zip(conversion.steps, given.parameters, strict=True))
     tasks = [task for task in given.tasks if task.name in modules]
-    scoring = Scoring(given.model, steps, tasks, mix, Store(directory), progress)
-    keep = given.calibration.effort == "high"
-    return scoring.run(given.ids, seed=given.calibration.seed, keep_gradients=keep)
+    scoring = Scoring(given.model, steps, tasks, mix, Store(directory), progress, by)
+    keep = given.calibration.effort == "high" and by == KL
+    with _memory(given.model.device):
+        return scoring.run(given.ids, seed=given.calibration.seed if by == KL else None, keep_gradients=keep)
 
 
 def costs(
@@ -198,7 +209,8 @@ def costs(
     steps = list(zip(conversion.steps, given.parameters, strict=True))
     tasks = [task for task in given.tasks if task.name in modules]
     scoring = Sensitivity(given.model, steps, tasks, Store(directory), progress)
-    return scoring.run(given.ids, seed=given.calibration.seed, keep_gradients=False)
+    with _memory(given.model.device):
+        return scoring.run(given.ids, seed=given.calibration.seed, keep_gradients=False)
 
 
 def calibrate(
@@ -232,11 +244,8 @@ def calibrate(
     store = Store(directory)
     steps = list(zip(conversion.steps, given.parameters, strict=True))
     run = Run(given.model, steps, given.tasks, coder or RecipeCoder(recipe), store, progress, given.calibration, units)
-    try:
+    with _memory(given.model.device):
         run.run(given.ids)
-    except torch.OutOfMemoryError:
-        device = given.model.device
-        raise TersorError(f"the memory of {device} ran out: free some, and run again with --resume") from None
     ready: dict[int, Ready] = {}
     changed: dict[int, Step] = {}
     records = [store.record(block) for block in sorted({task.block for task in given.tasks})]
@@ -247,6 +256,15 @@ def calibrate(
     store.write_log(_log(given, conversion, recipe, records, ready))
     now = tuple(changed.get(number, step) for number, step in enumerate(conversion.steps))
     return replace(conversion, steps=now), ready
+
+
+@contextmanager
+def _memory(device: torch.device) -> Iterator[None]:
+    """Say in one line where a device's memory runs out; what is finished stays."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise TersorError(f"the memory of {device} ran out: free some, and run again with --resume") from None
 
 
 def discard(directory: Path) -> None:

@@ -63,14 +63,14 @@ class Importance:
 class Gradients:
     """The backward pass of the original model, and what is kept of it."""
 
-    def __init__(self, model: BlockModel, store: Store, ids: torch.Tensor, seed: int) -> None:
+    def __init__(self, model: BlockModel, store: Store, ids: torch.Tensor, seed: int | None) -> None:
         """Prepare; nothing is computed yet.
 
         Args:
             model: whose ends are loaded.
             store: where files go.
             ids: int64 [W, T], the windows.
-            seed: of the labels.
+            seed: of the labels; `None` takes those of the text itself.
         """
         self._model, self._store, self._ids, self._seed = model, store, ids, seed
 
@@ -186,8 +186,11 @@ class Gradients:
             with torch.enable_grad():
                 logits = self._model.leave(own, tokens)[0]
                 log_p = logits.float().log_softmax(dim=-1)
-                drawing = torch.Generator(self._model.device).manual_seed(self._seed + number)
-                labels = torch.multinomial(log_p.detach().exp(), 1, generator=drawing)
+                if self._seed is None:
+                    log_p, labels = log_p[:-1], tokens[0, 1:, None]
+                else:
+                    drawing = torch.Generator(self._model.device).manual_seed(self._seed + number)
+                    labels = torch.multinomial(log_p.detach().exp(), 1, generator=drawing)
                 (found,) = torch.autograd.grad(-log_p.gather(1, labels).sum(), own)
             if not bool(found.isfinite().all()):
                 raise InputError(f"gradients of window {number} hold a NaN or an infinity at the output head")

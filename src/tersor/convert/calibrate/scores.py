@@ -13,7 +13,7 @@ import torch
 
 from tersor.checkpoint.conversion import Step
 from tersor.checkpoint.reader import SafetensorsFile
-from tersor.compress.salience import Salience, rounding_error
+from tersor.compress.salience import KL, Salience, rounding_error
 from tersor.convert.calibrate.bits import deterministic
 from tersor.convert.calibrate.expert_scores import ExpertScores
 from tersor.convert.calibrate.gradients import Backward, Gradients, Take
@@ -53,15 +53,15 @@ class BlockScores(ABC):
             outside = step.layer is not None and step.layer.tower
             if parameter and not outside:
                 self._steps.setdefault(model.block_of(parameter), []).append((step, parameter))
-        self._done = self._total = 0
+        self._done = self._total = self._window = 0
 
     @torch.no_grad()
-    def run(self, ids: torch.Tensor, *, seed: int, keep_gradients: bool) -> dict[str, torch.Tensor]:
+    def run(self, ids: torch.Tensor, *, seed: int | None, keep_gradients: bool) -> dict[str, torch.Tensor]:
         """Return module -> its scores.
 
         Args:
             ids: int64 [W, T], the windows.
-            seed: of the labels that the model draws.
+            seed: of the labels that the model draws; `None` takes those of the text.
             keep_gradients: whether they are needed again.
 
         Raises:
@@ -69,11 +69,12 @@ class BlockScores(ABC):
             CheckpointError: the source cannot be read.
             OutputError: the disk is full or does not let us write.
         """
-        count = len(self._model.blocks)
+        count, self._window = len(self._model.blocks), ids.shape[1]
         paths = [self._store.path("scores", block) for block in range(count)]
         backward = Gradients(self._model, self._store, ids, seed)
         if not all(path.exists() for path in paths):
             self._total = 2 * sum(map(self._nbytes, range(count)))
+            self._tell("")
             with deterministic(self._model.device):
                 self._load(None)
                 self._model.tie()
@@ -115,12 +116,15 @@ class BlockScores(ABC):
 
     def _advance(self, nbytes: int) -> None:
         self._done += nbytes
+        self._tell("scores of output features")
+
+    def _tell(self, name: str) -> None:
         if self._progress is not None:
-            self._progress(min(self._done, self._total), self._total, "scores of output features")
+            self._progress(min(self._done, self._total), self._total, name)
 
 
 class Scoring(BlockScores):
-    """What each output feature loses at each level of a mix, float64 [levels, OC], nats a token.
+    """What each output feature loses at each level of a mix, float64 [levels, OC], nats a token or MixLLM's score.
 
     Experts of a layer are summed up, under the name of the parameter that holds the weights of all of them, the rows of
     the gate before those of up.
@@ -134,10 +138,11 @@ class Scoring(BlockScores):
         mix: Mix,
         store: Store,
         progress: Progress | None,
+        by: str = KL,
     ) -> None:
-        """Prepare as `BlockScores` does, for the levels of a mix."""
+        """Prepare as `BlockScores` does, for the levels of a mix; `by` is a key of `SCORES`, `kl` of experts."""
         super().__init__(model, steps, tasks, store, progress)
-        self._mix = mix
+        self._mix, self._by = mix, by
 
     def score(self, block: int, tasks: Sequence[Task], run: Backward) -> dict[str, torch.Tensor]:
         """Return the scores of all features of a block's layers."""
@@ -164,8 +169,8 @@ class Scoring(BlockScores):
                 deltas = [rounding_error(weight.float(), scheme) for scheme in self._mix.levels]
             except (NonFiniteError, FormatError) as error:
                 raise located(task.step, error) from None
-            total = sums[task.name] = Salience(len(deltas), len(weight), device=self._model.device)
-            take[task.site] = _adding(total, deltas)
+            total = sums[task.name] = Salience(len(deltas), len(weight), self._by, self._model.device)
+            take[task.site] = _adding(total, deltas, 0 if self._by == KL else self._window)
         run(take, replace=True)
         found = {name: total.mean() for name, total in sums.items()}
         for names, own in scored:
@@ -185,9 +190,14 @@ def _experts(tasks: Sequence[Task]) -> dict[str, list[Task]]:
     return found
 
 
-def _adding(own: Salience, deltas: Sequence[torch.Tensor]) -> Take:
+def _adding(own: Salience, deltas: Sequence[torch.Tensor], window: int) -> Take:
+    """Return what adds all tokens of a batch at once, or with a window each so many as a sample."""
+
     def add(given: list[torch.Tensor], gradient: torch.Tensor) -> None:
-        own.add(given[0].flatten(0, -2), gradient.flatten(0, -2), deltas)
+        x, pulled = given[0].flatten(0, -2), gradient.flatten(0, -2)
+        for first in range(0, len(x), window or len(x)):
+            sample = slice(first, first + window if window else None)
+            own.add(x[sample], pulled[sample], deltas)
 
     return add
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -113,14 +114,15 @@ def run(
             failed.
     """
     try:
-        found: Any = evaluator.simple_evaluate(
-            EngineLM(llm, progress),
-            tasks=list(tasks.names),
-            task_manager=tasks.manager,
-            limit=limit,
-            bootstrap_iters=RESAMPLES,
-            log_samples=False,
-        )
+        with _without_commit():
+            found: Any = evaluator.simple_evaluate(
+                EngineLM(llm, progress),
+                tasks=list(tasks.names),
+                task_manager=tasks.manager,
+                limit=limit,
+                bootstrap_iters=RESAMPLES,
+                log_samples=False,
+            )
     except TersorError:
         raise
     except Exception as error:  # lm-eval, data sets and code of tasks raise whatever they raise
@@ -143,6 +145,18 @@ def run(
                 )
             )
     return scores
+
+
+@contextmanager
+def _without_commit() -> Iterator[None]:
+    """Keep lm-eval from asking git for the commit of the working directory: where that has none git says `fatal`."""
+    asks: Any = evaluator
+    known = asks.get_git_commit_hash
+    asks.get_git_commit_hash = lambda: None
+    try:
+        yield
+    finally:
+        asks.get_git_commit_hash = known
 
 
 def _is_path(word: str) -> bool:
