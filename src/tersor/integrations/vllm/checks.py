@@ -11,11 +11,14 @@ from typing import Any
 
 import torch
 
+from tersor.checkpoint.modules import ROUTER_NAMES
 from tersor.errors import UnsupportedError
 from tersor.formats import Activations, Assignment, Mix, Pruned, Scheme, Sparse
 from tersor.integrations.vllm.plan import Plan, Stored
+from tersor.integrations.vllm.stacks import HANDED_WHOLE
 from tersor.layouts.shard import quantum
 from tersor.ops.dispatch import kernel_layout
+from tersor.ops.gates import CLAMP, SLOPE
 
 GATES = ("silu", "gelu", "gelu_tanh", "gelu_pytorch_tanh")
 """How gate and up of experts become one, by the names of configurations."""
@@ -26,8 +29,6 @@ _LLAMA4 = ("Llama4ForCausalLM", "Llama4ForConditionalGeneration")
 multiplies tokens by what the router says ahead of their experts."""
 _REORDERED = ("BloomForCausalLM", "FalconForCausalLM", "GPTNeoXForCausalLM", "RWForCausalLM")
 """Classes for which it does so with a weight that holds queries, keys and values, whatever its tensors are called."""
-_COPIED = ("GptOssForCausalLM",)
-"""Classes whose loaders copy stacked experts into vLLM's own tensors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +77,11 @@ def of_checkpoint(plan: Plan, activations: Activations, text: Mapping[str, Any],
                 f"{name} is packed, and vLLM builds the {what} of {plan.architecture} for plain weights alone: leave "
                 "it out of the overrides"
             )
+        if last in ROUTER_NAMES and plan.architecture in HANDED_WHOLE:
+            raise UnsupportedError(
+                f"{name} is packed, and vLLM builds the router of {plan.architecture} for plain weights alone: leave "
+                "it out of the overrides"
+            )
         turned = last in ("q_proj", "k_proj") and plan.architecture in _LLAMA4
         reordered = last == "query_key_value" and plan.architecture in _REORDERED
         if (turned or reordered) and not _rows_alone(stored, zero_points=reordered):
@@ -83,11 +89,6 @@ def of_checkpoint(plan: Plan, activations: Activations, text: Mapping[str, Any],
                 f"{name}: vLLM brings its rows in another order while it loads {plan.architecture}, which it does with "
                 f"dense weights{' without zero points' if turned else ''} alone"
             )
-    if plan.stacks and plan.architecture in _COPIED:
-        raise UnsupportedError(
-            f"{next(iter(plan.stacks))} is one tensor for all experts of a layer, which vLLM's {plan.architecture} "
-            "copies into tensors of its own: run this model with tersor serve"
-        )
     for experts in dict.fromkeys(_experts(plan)):
         _check_experts(experts, plan.architecture, text)
 
@@ -192,6 +193,10 @@ def _check_experts(experts: str, architecture: str, text: Mapping[str, Any]) -> 
     why = ""
     if activation not in GATES:
         why = f"gate and up become one by {activation}"
+    elif architecture in HANDED_WHOLE:
+        numbers = {"swiglu_limit": CLAMP, "swiglu_alpha": SLOPE}
+        if any(text.get(name, number) != number for name, number in numbers.items()):
+            why = "gate and up are clamped at other numbers"
     elif any(_clamps(text.get(name)) for name in ("swiglu_limit", "swiglu_limits")):
         why = "gate and up are clamped"
     elif architecture in _LLAMA4 and text.get("num_experts_per_tok", 1) > 1:

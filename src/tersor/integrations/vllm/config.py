@@ -151,7 +151,10 @@ class TersorVllmConfig(compat.QuantizationConfig):
             if None in names:  # experts without a gate
                 return None
             experts = found.of_experts(prefix, names)
-            return None if experts is None else TersorExpertsMethod(layer.moe_config, experts, names, self.activations)
+            if experts is None:
+                return None
+            whole = found.handed_whole(prefix)
+            return TersorExpertsMethod(layer.moe_config, experts, names, self.activations, whole)
         if isinstance(layer, compat.ParallelLMHead):
             if prefix in found.stored:
                 return TersorEmbeddingMethod(found.stored[prefix], self.activations)
