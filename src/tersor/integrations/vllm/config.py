@@ -22,6 +22,8 @@ from tersor.ops.dispatch import activations_for
 
 NAME = QUANT_METHOD
 _OPTIONS = ("format", "ignore", "overrides")
+_DECODED = ("mxfp4", "gpt_oss_mxfp4")
+"""What vLLM calls the method by which gpt-oss is released, of which weights are decoded and packed while loading."""
 
 
 class TersorVllmConfig(compat.QuantizationConfig):
@@ -69,12 +71,21 @@ class TersorVllmConfig(compat.QuantizationConfig):
         return []
 
     @classmethod
+    def override_quantization_method(
+        cls, hf_quant_cfg: Mapping[str, Any], user_quant: str | None, hf_config: Any = None
+    ) -> str | None:
+        """Return `tersor` where that is asked for of a checkpoint of another method that is packed while it is loaded."""
+        return NAME if user_quant == NAME and hf_quant_cfg.get("quant_method") in _DECODED else None
+
+    @classmethod
     def from_config(cls, config: dict[str, Any]) -> TersorVllmConfig:
-        """Read quantization_config of a compressed checkpoint.
+        """Read quantization_config of a compressed checkpoint; one of another method is what is packed while loading.
 
         Raises:
             CheckpointError: unknown keys, a newer version, values that are none.
         """
+        if config.get("quant_method") in _DECODED:
+            return cls()
         return cls(QuantizationConfig.from_dict(config), stored=True)
 
     @classmethod

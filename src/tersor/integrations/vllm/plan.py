@@ -33,6 +33,7 @@ from tersor.checkpoint.names import (
     level_stem,
     stored_weights,
 )
+from tersor.checkpoint.released import DecodedTensor, read_released
 from tersor.checkpoint.source import Source
 from tersor.errors import CheckpointError, UnsupportedError
 from tersor.formats import SCALE_DTYPES, Mix, Scheme, Sparse
@@ -189,12 +190,20 @@ def of_checkpoint(source: Source, config: QuantizationConfig, *, trust_remote_co
 
 
 def while_loading(source: Source, config: QuantizationConfig, *, trust_remote_code: bool = False) -> Plan:
-    """Return the plan of a plain checkpoint whose weights are packed as they are loaded, as `tersor quantize` would.
+    """Return the plan of a checkpoint whose weights are packed as they are loaded, as `tersor quantize` would.
+
+    Args:
+        source: plain, or with experts in MXFP4 as gpt-oss is released.
+        config: what is asked for.
+        trust_remote_code: whether code of the model may run.
 
     Raises:
         InputError: patterns that find nothing, group sizes that do not divide, a broken checkpoint.
         UnsupportedError: a weight that vLLM's layers cannot hold.
     """
+    released = read_released(source)
+    if released is not None:
+        source.tensors = released.tensors
     architecture = read_architecture(source.directory, trust_remote_code=trust_remote_code)
     conversion = make_conversion(
         source,
@@ -210,11 +219,16 @@ def while_loading(source: Source, config: QuantizationConfig, *, trust_remote_co
     for step in conversion.steps:
         layer = step.layer
         if layer is None or not isinstance(step.scheme, Scheme):
+            if isinstance(step.source, DecodedTensor):
+                raise UnsupportedError(f"{step.source.spec.name} is compressed, and what is left alone has to be plain")
             continue
         found[layer.stem] = one = Stored(layer.stem, step.scheme, channels=layer.shape[-1])
         if layer.stacked:
             linear = Linear(layer.shape, layer.transposed, rows=layer.rows)
-            stacks[layer.stem] = stack_of(layer.stem, step.scheme, linear, source.tensors)
+            parts = step.source.parts if isinstance(step.source, DecodedTensor) else ()
+            stacks[layer.stem] = stack_of(
+                layer.stem, step.scheme, linear, source.tensors, [part.spec.name for part in parts]
+            )
     words = sorted((name, stored.represented.key()) for name, stored in found.items() if stored.represented)
     return _planned(found, stacks, architecture, source, str(words))
 

@@ -68,7 +68,9 @@ class Stack:
                 yield expert, projection, part
 
 
-def stack_of(stem: str, represented: Represented | None, linear: Linear, names: Collection[str]) -> Stack:
+def stack_of(
+    stem: str, represented: Represented | None, linear: Linear, names: Collection[str], parts: Collection[str] = ()
+) -> Stack:
     """Return what a tensor of the weights of all experts holds.
 
     Args:
@@ -76,6 +78,7 @@ def stack_of(stem: str, represented: Represented | None, linear: Linear, names: 
         represented: how it is stored, or is to be.
         linear: that it is of each expert.
         names: of all tensors of the checkpoint.
+        parts: whole names of the tensors that it is released as, where it is decoded while it is loaded.
 
     Raises:
         UnsupportedError: it is no dense weight, or none that is known.
@@ -86,7 +89,11 @@ def stack_of(stem: str, represented: Represented | None, linear: Linear, names: 
     if not isinstance(represented, Scheme) or represented.outliers is not None:
         raise UnsupportedError(f"{stem} is one tensor for all experts of a layer, and only a dense one runs in vLLM")
     experts = owner if owner.endswith(".experts") else f"{owner}.experts"
-    return Stack(experts, _STACKED[last], linear.rows == "pairs", linear.transposed, f"{stem}_{BIAS}" in names)
+    known = tuple(name for name in PARTS if f"{stem}_{name}" in parts)
+    if len(known) != len(parts):
+        raise UnsupportedError(f"{stem} is released as {' and '.join(parts)}, which are not decoded while vLLM loads them")
+    biased = f"{stem}_{BIAS}" in names
+    return Stack(experts, _STACKED[last], linear.rows == "pairs", linear.transposed, biased, known)
 
 
 def check_whole(stacks: Mapping[str, Stack]) -> None:
