@@ -202,7 +202,7 @@ class RoutedExperts(nn.Module):
 
 
 class ClampedExperts(RoutedExperts):
-    """Those of gpt-oss, whose loader hands whole tensors to parameters of their names and skips what it does not know."""
+    """Those of gpt-oss, whose loader hands whole tensors to parameters of their names and passes over others."""
 
     activation, biased = Activation.SWIGLUOAI, True
 

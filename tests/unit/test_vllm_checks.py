@@ -116,12 +116,14 @@ def test_embeddings_and_heads_that_vllm_builds_without_a_method_stay_plain(
 @pytest.mark.parametrize(
     ("name", "options", "changes", "line"),
     [
+        ("gpt_oss", {}, {"swiglu_limit": 5.0}, "experts of a layer, and no gate and up that kernels take"),
         (
             "gpt_oss",
+            {"ignore": ["down_proj"]},
             {},
-            {},
-            "which vLLM's GptOssForCausalLM copies into tensors of its own",
+            r"packed experts have gate, up and down, and these \['gate_",
         ),
+        ("granitemoe", {"ignore": ["down_proj"]}, {}, r"packed experts have gate, up and down, and these \['gate_"),
         ("llama4_text", {"format": "uint4", "group_size": 32}, {"num_experts_per_tok": 1}, "alone"),
         ("llama4_text", {}, {}, "the router's weights come before the product, of several experts a token"),
         (
@@ -144,6 +146,12 @@ def test_weights_that_layers_of_vllm_cannot_hold_are_refused_by_their_headers(
     quantize(source, tmp_path / "out", **options)
     with pytest.raises(UnsupportedError, match=line):
         config_of(tmp_path / "out")
+
+
+def test_experts_of_several_formats_in_one_tensor_are_refused(tmp_path: Path) -> None:
+    mixed = mixes.compressed("gpt_oss", tmp_path, intermediate_size=HIDDEN)[1]
+    with pytest.raises(UnsupportedError, match=r"is one tensor for all experts of a layer, and only a dense one runs"):
+        config_of(mixed)
 
 
 def test_rows_that_vllm_brings_in_another_order_are_dense(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +12,9 @@ import pytest
 import torch
 from helpers import checkpoints, mixes, packed_models, vllm_stand_in
 from helpers.vllm_layers import HIDDEN, LAYER, config_of, loading
+from safetensors.torch import save_file
 
+from tersor.convert import quantize
 from tersor.errors import CheckpointError, UnsupportedError
 from tersor.integrations.transformers.load import load_model
 
@@ -141,7 +145,7 @@ GPT_OSS = vllm_stand_in.Mapper(
 """How vLLM's gpt-oss renames weights of its experts."""
 
 
-def handed(read: Path, ranks: int = 1, rank: int = 0, first: int = 0) -> Any:
+def handed(read: Path, first: int = 0) -> Any:
     """Return a layer of the experts of gpt-oss, loaded as vLLM loads it."""
     config, prefix = config_of(read), f"{LAYER}.mlp.experts"
     mapper = GPT_OSS | config.get_cache_scale_mapper()
@@ -173,6 +177,59 @@ def test_experts_of_gpt_oss_have_their_biases_and_their_gate(
         layer = handed(made.plain if kind == "plain" else made.packed)
         total += layer.quant_method.apply(layer, x, weights, index.int(), None, None)
     torch.testing.assert_close(total, model.model.layers[0].mlp.experts(x, index, weights))
+
+
+def released(directory: Path, source: Path) -> Path:
+    """Write a gpt-oss with its experts in MXFP4."""
+    shutil.copytree(source, directory)
+    tensors, generator = checkpoints.weights(source), torch.Generator().manual_seed(0)
+    for stem in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        count, ic, oc = tensors.pop(stem).shape
+        shape = (count, oc, ic // 32, 16)
+        tensors[f"{stem}_blocks"] = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+        tensors[f"{stem}_scales"] = torch.randint(118, 122, shape[:3], dtype=torch.uint8, generator=generator)
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "mxfp4"}}))
+    return directory
+
+
+def test_mxfp4_experts_of_gpt_oss_are_packed_anew_while_they_are_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = packed_models.plain("gpt_oss", tmp_path / "plain", intermediate_size=HIDDEN)
+    source = released(tmp_path / "released", plain)
+    monkeypatch.setenv("TERSOR_VLLM_FORMAT", "mxfp4_e2m1")
+    layer = handed(source)
+    quantize(source, tmp_path / "packed", format="mxfp4_e2m1")
+    model = load_model(tmp_path / "packed", "cpu", "float32")
+    x, index, weights = torch.randn(6, HIDDEN), torch.randint(4, (6, 2)), torch.rand(6, 2)
+    y = layer.quant_method.apply(layer, x, weights, index.int(), None, None)
+    torch.testing.assert_close(y, model.model.layers[0].mlp.experts(x, index, weights))
+
+
+def test_tersor_is_taken_for_a_method_that_it_decodes_where_it_is_asked_for() -> None:
+    asked = vllm_stand_in.REGISTERED["tersor"].override_quantization_method
+    assert asked({"quant_method": "gpt_oss_mxfp4"}, "tersor", hf_config=None) == "tersor"
+    assert asked({"quant_method": "mxfp4"}, None, hf_config=None) is None
+    assert asked({"quant_method": "fp8"}, "tersor", hf_config=None) is None
+
+
+def test_a_gpt_oss_without_a_checkpoint_is_handed_whole_experts(tmp_path: Path) -> None:
+    made = packed_models.case("gpt_oss", tmp_path, {}, intermediate_size=HIDDEN)
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    shutil.copy(made.plain / "config.json", alone)
+    config, prefix = config_of(alone), f"{LAYER}.mlp.experts"
+    layer: Any = vllm_stand_in.ClampedExperts(config, prefix, 4, HIDDEN, HIDDEN)
+    for name, tensor in (config.get_cache_scale_mapper() | GPT_OSS).apply(checkpoints.weights(made.plain).items()):
+        if name.startswith(f"{prefix}."):
+            assert layer.take(name.removeprefix(f"{prefix}.routed_experts."), tensor)
+    layer.quant_method.process_weights_after_loading(layer)
+    model = load_model(made.packed, "cpu", "float32")
+    x, index, weights = torch.randn(6, HIDDEN), torch.randint(4, (6, 2)), torch.rand(6, 2)
+    y = layer.quant_method.apply(layer, x, weights, index.int(), None, None)
+    torch.testing.assert_close(y, model.model.layers[0].mlp.experts(x, index, weights))
 
 
 def test_a_rank_of_whole_experts_of_gpt_oss_has_the_biases_of_its_own(tmp_path: Path) -> None:

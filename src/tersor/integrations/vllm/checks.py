@@ -11,19 +11,18 @@ from typing import Any
 
 import torch
 
-from tersor.checkpoint.modules import ROUTER_NAMES
 from tersor.errors import UnsupportedError
 from tersor.formats import Activations, Assignment, Mix, Pruned, Scheme, Sparse
 from tersor.integrations.vllm.plan import Plan, Stored
 from tersor.integrations.vllm.stacks import HANDED_WHOLE
 from tersor.layouts.shard import quantum
 from tersor.ops.dispatch import kernel_layout
-from tersor.ops.gates import CLAMP, SLOPE
 
 GATES = ("silu", "gelu", "gelu_tanh", "gelu_pytorch_tanh")
 """How gate and up of experts become one, by the names of configurations."""
 _CUT = ("o_proj", "wo", "out_proj", "down_proj", "w2", "fc2", "c_proj", "dense_4h_to_h", "output_linear")
 """What layers are called whose input channels vLLM deals out to ranks."""
+_LIMITS = ("swiglu_limit", "swiglu_limits")
 _LLAMA4 = ("Llama4ForCausalLM", "Llama4ForConditionalGeneration")
 """Classes for which vLLM brings the rows of queries and keys in another order, by the names of codes and scales, and
 multiplies tokens by what the router says ahead of their experts."""
@@ -75,11 +74,6 @@ def of_checkpoint(plan: Plan, activations: Activations, text: Mapping[str, Any],
             what = "embedding" if name in plan.embeddings else "head"
             raise UnsupportedError(
                 f"{name} is packed, and vLLM builds the {what} of {plan.architecture} for plain weights alone: leave "
-                "it out of the overrides"
-            )
-        if last in ROUTER_NAMES and plan.architecture in HANDED_WHOLE:
-            raise UnsupportedError(
-                f"{name} is packed, and vLLM builds the router of {plan.architecture} for plain weights alone: leave "
                 "it out of the overrides"
             )
         turned = last in ("q_proj", "k_proj") and plan.architecture in _LLAMA4
@@ -193,11 +187,7 @@ def _check_experts(experts: str, architecture: str, text: Mapping[str, Any]) -> 
     why = ""
     if activation not in GATES:
         why = f"gate and up become one by {activation}"
-    elif architecture in HANDED_WHOLE:
-        numbers = {"swiglu_limit": CLAMP, "swiglu_alpha": SLOPE}
-        if any(text.get(name, number) != number for name, number in numbers.items()):
-            why = "gate and up are clamped at other numbers"
-    elif any(_clamps(text.get(name)) for name in ("swiglu_limit", "swiglu_limits")):
+    elif architecture not in HANDED_WHOLE and any(_clamps(text.get(name)) for name in _LIMITS):
         why = "gate and up are clamped"
     elif architecture in _LLAMA4 and text.get("num_experts_per_tok", 1) > 1:
         why = "the router's weights come before the product, of several experts a token"

@@ -74,7 +74,7 @@ class TersorVllmConfig(compat.QuantizationConfig):
     def override_quantization_method(
         cls, hf_quant_cfg: Mapping[str, Any], user_quant: str | None, hf_config: Any = None
     ) -> str | None:
-        """Return `tersor` where that is asked for of a checkpoint of another method that is packed while it is loaded."""
+        """Return `tersor` where it is asked for of another method's checkpoint that is packed while it is loaded."""
         return NAME if user_quant == NAME and hf_quant_cfg.get("quant_method") in _DECODED else None
 
     @classmethod
@@ -115,7 +115,7 @@ class TersorVllmConfig(compat.QuantizationConfig):
         """
         directory, foreign = Path(model_name), type(hf_config).__module__.startswith("transformers_modules.")
         if directory.is_dir() and not plan.has_weights(directory):  # vLLM itself refuses where it wants some
-            self.plan = plan.without_weights(self.parsed)
+            self.plan = plan.without_weights(directory, self.parsed, trust_remote_code=foreign)
         else:
             with open_source(model_name, None if directory.is_dir() else revision) as source:
                 make = plan.of_checkpoint if self.stored else plan.while_loading

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -102,17 +102,23 @@ class Plan:
 
     def renamed(self, rename: Callable[[str], str | None]) -> Plan:
         """Return the plan with other names: `rename` takes and gives that of a weight; `None` is not in the model."""
-        called = {}
+
+        def new(name: str) -> str | None:
+            found = rename(f"{name}.{WEIGHT}")
+            return None if found is None else found.removesuffix(f".{WEIGHT}")
+
+        stacks = {
+            stem: replace(stack, experts=new(stack.experts) or stack.experts) for stem, stack in self.stacks.items()
+        }
+        called: dict[str, str] = {}
         for name, one in self.stored.items():
-            inside = ""
-            if self.architecture in HANDED_WHOLE and one.stem in self.stacks:  # which names of single experts mislead
-                owner = self.stacks[one.stem].experts
-                inside, name = name.removeprefix(owner), owner
-            new = rename(f"{name}.{WEIGHT}")
-            if new is not None:
-                called[name + inside] = new.removesuffix(f".{WEIGHT}") + inside
+            if self.architecture in HANDED_WHOLE and one.stem in stacks:  # which names of single experts mislead
+                called[name] = stacks[one.stem].experts + name.removeprefix(self.stacks[one.stem].experts)
+            elif (found := new(name)) is not None:
+                called[name] = found
+        stored = {found: self.stored[name] for name, found in called.items()}
         embeddings = frozenset(called[name] for name in self.embeddings if name in called)
-        return replace(self, stored={new: self.stored[name] for name, new in called.items()}, embeddings=embeddings)
+        return replace(self, stored=stored, embeddings=embeddings, stacks=stacks)
 
     def of_embedding(self, prefix: str) -> Stored | None:
         """Return the weight of an embedding; vLLM calls some of them by no name, which then is the only one."""
@@ -149,11 +155,11 @@ class Plan:
         return None
 
     def handed_whole(self, prefix: str) -> tuple[Stack, ...]:
-        """Return the tensors of all experts that a layer of experts is handed as they are; of most models none."""
+        """Return the tensors of all experts that a layer is handed whole, gate and up first; of most models none."""
         if self.architecture not in HANDED_WHOLE:
             return ()
-        first = [self.stored.get(f"{prefix}.0.{name}") for name in (GATE, DOWN)]
-        return tuple(self.stacks[one.stem] for one in first if one is not None and one.stem in self.stacks)
+        found = [stack for stack in self.stacks.values() if stack.experts == prefix]
+        return tuple(sorted(found, key=lambda stack: -len(stack.projections)))
 
     def _random(self, names: Sequence[str]) -> list[Stored] | None:
         assert self.everywhere is not None
@@ -222,7 +228,7 @@ def while_loading(source: Source, config: QuantizationConfig, *, trust_remote_co
             if isinstance(step.source, DecodedTensor):
                 raise UnsupportedError(f"{step.source.spec.name} is compressed, and what is left alone has to be plain")
             continue
-        found[layer.stem] = one = Stored(layer.stem, step.scheme, channels=layer.shape[-1])
+        found[layer.stem] = Stored(layer.stem, step.scheme, channels=layer.shape[-1])
         if layer.stacked:
             linear = Linear(layer.shape, layer.transposed, rows=layer.rows)
             parts = step.source.parts if isinstance(step.source, DecodedTensor) else ()
@@ -233,9 +239,25 @@ def while_loading(source: Source, config: QuantizationConfig, *, trust_remote_co
     return _planned(found, stacks, architecture, source, str(words))
 
 
-def without_weights(config: QuantizationConfig) -> Plan:
-    """Return the plan of a model whose weights are random."""
-    return Plan({}, everywhere=config, digest=_digest(str(config.to_dict())))
+def without_weights(directory: Path, config: QuantizationConfig, *, trust_remote_code: bool = False) -> Plan:
+    """Return the plan of a model whose weights are random.
+
+    Args:
+        directory: of its config.json.
+        config: what is asked for.
+        trust_remote_code: whether code of the model may run.
+
+    Raises:
+        UnsupportedError: experts in one tensor for all of a layer that vLLM's layers cannot hold.
+    """
+    architecture = read_architecture(directory, trust_remote_code=trust_remote_code)
+    names, stacks = set(architecture.missing(())), {}
+    for stem, linear in architecture.stacks.items():
+        represented = config.resolve(*architecture.names_of(stem))
+        if represented is not None:
+            stacks[stem] = stack_of(stem, represented, linear, names)
+    digest = _digest(str(config.to_dict()))
+    return Plan({}, stacks=stacks, architecture=architecture.name, everywhere=config, digest=digest)
 
 
 def has_weights(directory: Path) -> bool:

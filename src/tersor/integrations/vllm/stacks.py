@@ -1,7 +1,7 @@
 """What does one tensor hold that is of all experts of a layer, and who takes it apart?
 
-Most loaders of vLLM take the weights of single experts, which a mapper of names hands them; those of `HANDED_WHOLE` know
-no such names, and a layer of experts is handed tensors as they are stored.
+Most loaders of vLLM take the weights of single experts, which a mapper of names hands them; those of `HANDED_WHOLE`
+know no such names, and a layer of experts is handed tensors as they are stored.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PARTS = ("blocks", "scales")
 GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
 """What the weights of an expert are called here where one tensor holds them for all experts of a layer."""
 HANDED_WHOLE = ("GptOssForCausalLM",)
-"""Classes whose loaders hand a tensor of a name that they do not know to the parameter of that name, and skip others."""
+"""Classes whose loaders hand a tensor to the parameter of its name, and pass over those that have none."""
 _STACKED = {"gate_up_proj": (GATE, UP), "input_linear": (GATE, UP), "down_proj": (DOWN,), "output_linear": (DOWN,)}
 
 
@@ -84,14 +84,15 @@ def stack_of(
         UnsupportedError: it is no dense weight, or none that is known.
     """
     owner, _, last = stem.rpartition(".")
+    whole = f"{stem} is one tensor for all experts of a layer"
     if last not in _STACKED or (len(_STACKED[last]) > 1 and linear.rows == "plain"):
-        raise UnsupportedError(f"{stem} is one tensor for all experts of a layer, and no gate and up, or down, of them")
+        raise UnsupportedError(f"{whole}, and no gate and up that kernels take, or down")
     if not isinstance(represented, Scheme) or represented.outliers is not None:
-        raise UnsupportedError(f"{stem} is one tensor for all experts of a layer, and only a dense one runs in vLLM")
+        raise UnsupportedError(f"{whole}, and only a dense one runs in vLLM")
     experts = owner if owner.endswith(".experts") else f"{owner}.experts"
     known = tuple(name for name in PARTS if f"{stem}_{name}" in parts)
     if len(known) != len(parts):
-        raise UnsupportedError(f"{stem} is released as {' and '.join(parts)}, which are not decoded while vLLM loads them")
+        raise UnsupportedError(f"{stem} is released as {' and '.join(parts)}, which is not decoded while vLLM loads")
     biased = f"{stem}_{BIAS}" in names
     return Stack(experts, _STACKED[last], linear.rows == "pairs", linear.transposed, biased, known)
 
