@@ -148,12 +148,6 @@ def test_weights_that_layers_of_vllm_cannot_hold_are_refused_by_their_headers(
         config_of(tmp_path / "out")
 
 
-def test_experts_of_several_formats_in_one_tensor_are_refused(tmp_path: Path) -> None:
-    mixed = mixes.compressed("gpt_oss", tmp_path, intermediate_size=HIDDEN)[1]
-    with pytest.raises(UnsupportedError, match=r"is one tensor for all experts of a layer, and only a dense one runs"):
-        config_of(mixed)
-
-
 def test_rows_that_vllm_brings_in_another_order_are_dense(tmp_path: Path) -> None:
     falcon = packed_models.case("falcon", tmp_path / "falcon", {}).packed
     assert config_of(falcon).plan.architecture == "FalconForCausalLM"

@@ -91,20 +91,20 @@ STACKED = {
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("kind", ["fp6", "int4", "plain"])
+@pytest.mark.parametrize("kind", ["fp6", "int4", "plain", "mixed"])
 @pytest.mark.parametrize("name", STACKED)
 def test_experts_in_one_tensor_are_taken_apart_while_they_are_loaded(
     tmp_path: Path, vllm: SimpleNamespace, name: str, kind: str, ranks: int
 ) -> None:
     block, top, changes = STACKED[name]
-    made = packed_models.case(
-        name, tmp_path, {"format": "uint4", "group_size": 32} if kind == "int4" else {}, **changes
-    )
-    if (name, kind) == ("llama4_text", "int4"):
-        made = packed_models.case(name, tmp_path / "again", {"format": "int4", "group_size": 32}, **changes)
-    read = made.plain if kind == "plain" else made.packed
+    if kind == "mixed":
+        packed = read = mixes.compressed(name, tmp_path, ignore=["self_attn"], **changes)[1]
+    else:
+        grouped = {"format": "int4" if name == "llama4_text" else "uint4", "group_size": 32}
+        made = packed_models.case(name, tmp_path, grouped if kind == "int4" else {}, **changes)
+        packed, read = made.packed, made.plain if kind == "plain" else made.packed
     prefix = f"model.layers.1.{block}.experts"
-    model = dict(load_model(made.packed, "cpu", "float32").named_modules())
+    model = dict(load_model(packed, "cpu", "float32").named_modules())
     x, index, weights = torch.randn(6, HIDDEN), torch.randint(4, (6, top)), torch.rand(6, top)
     total = torch.zeros(6, HIDDEN)
     for rank in range(ranks):
@@ -163,18 +163,22 @@ def handed(read: Path, first: int = 0) -> Any:
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("kind", ["fp6", "uint4", "plain"])
+@pytest.mark.parametrize("kind", ["fp6", "uint4", "plain", "mixed"])
 def test_experts_of_gpt_oss_have_their_biases_and_their_gate(
     tmp_path: Path, vllm: SimpleNamespace, kind: str, ranks: int
 ) -> None:
-    options = {"format": "uint4", "group_size": 32} if kind == "uint4" else {}
-    made = packed_models.case("gpt_oss", tmp_path, options, intermediate_size=HIDDEN)
-    model = load_model(made.packed, "cpu", "float32")
+    if kind == "mixed":
+        packed = read = mixes.compressed("gpt_oss", tmp_path, intermediate_size=HIDDEN)[1]
+    else:
+        options = {"format": "uint4", "group_size": 32} if kind == "uint4" else {}
+        made = packed_models.case("gpt_oss", tmp_path, options, intermediate_size=HIDDEN)
+        packed, read = made.packed, made.plain if kind == "plain" else made.packed
+    model = load_model(packed, "cpu", "float32")
     x, index, weights = 4 * torch.randn(6, HIDDEN), torch.randint(4, (6, 2)), torch.rand(6, 2)
     total = torch.zeros(6, HIDDEN)
     for rank in range(ranks):
         vllm.ranks, vllm.rank = ranks, rank
-        layer = handed(made.plain if kind == "plain" else made.packed)
+        layer = handed(read)
         total += layer.quant_method.apply(layer, x, weights, index.int(), None, None)
     torch.testing.assert_close(total, model.model.layers[0].mlp.experts(x, index, weights))
 

@@ -35,6 +35,7 @@ from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
+from tersor.checkpoint.names import LEVEL
 from tersor.errors import UnsupportedError
 from tersor.integrations.vllm.checks import Started
 from tersor.integrations.vllm.stacks import BIAS, DOWN, GATE, HANDED_WHOLE, PARTS, UP, WEIGHT, Stack
@@ -171,11 +172,8 @@ def _taken_apart(
     weights: Iterable[tuple[str, torch.Tensor]], stacks: Mapping[str, Stack], called: Mapping[str, str]
 ) -> Iterator[tuple[str, torch.Tensor]]:
     for name, tensor in weights:
-        stem, own = name, WEIGHT
-        if _inside(stem) not in stacks:
-            stem, _, own = name.rpartition(".")
-        stack = stacks.get(_inside(stem))
-        if stack is None or tensor.dim() != 3:
+        stem, own, stack = _found(name, stacks)
+        if stack is None or (tensor.dim() != 3 and own != LEVEL):
             yield name, tensor
             continue
         for expert, projection, part in stack.taken_apart(own, tensor):
@@ -186,14 +184,22 @@ def _whole(
     weights: Iterable[tuple[str, torch.Tensor]], stacks: Mapping[str, Stack], called: Mapping[str, str]
 ) -> Iterator[tuple[str, torch.Tensor]]:
     for name, tensor in weights:
-        stem, own = name, WEIGHT
+        stem, own, stack = _found(name, stacks)
         for last in (BIAS, *PARTS):
-            if name.endswith(f"_{last}"):
+            if stack is None and name.endswith(f"_{last}"):
                 stem, own = name.removesuffix(f"_{last}"), last
-        if _inside(stem) not in stacks:
-            stem, _, own = name.rpartition(".")
-        stack = stacks.get(_inside(stem))
+                stack = stacks.get(_inside(stem))
         yield (name if stack is None else f"{_layer(stem)}.routed_experts.{stack.stem}_{own}"), tensor
+
+
+def _found(name: str, stacks: Mapping[str, Stack]) -> tuple[str, str, Stack | None]:
+    """Return the stem of a tensor of all experts, its own name, and what it holds; of others `None`."""
+    stem = name
+    while stem:
+        if (stack := stacks.get(_inside(stem))) is not None:
+            return stem, name.removeprefix(stem).removeprefix(".") or WEIGHT, stack
+        stem = stem.rpartition(".")[0]
+    return name, WEIGHT, None
 
 
 def _layer(stem: str) -> str:

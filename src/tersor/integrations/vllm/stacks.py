@@ -13,8 +13,9 @@ import torch
 
 from tersor.checkpoint.config import Represented
 from tersor.checkpoint.modules import Linear
+from tersor.checkpoint.names import LEVEL
 from tersor.errors import UnsupportedError
-from tersor.formats import Scheme
+from tersor.formats import Mix, Scheme
 from tersor.nn.experts import Rows
 
 WEIGHT, BIAS = "weight", "bias"
@@ -35,6 +36,7 @@ class Stack:
     Attributes:
         experts: what vLLM calls the layer.
         projections: of `GATE`, `UP` and `DOWN`, what its rows are.
+        count: of experts.
         pairs: whether gate and up of a channel are neighbours; else all gates come first.
         transposed: whether a plain one is [E, IC, OC].
         biased: whether there are biases [E, rows] beside it.
@@ -43,6 +45,7 @@ class Stack:
 
     experts: str
     projections: tuple[str, ...]
+    count: int
     pairs: bool = False
     transposed: bool = False
     biased: bool = False
@@ -60,8 +63,14 @@ class Stack:
         return Rows.PAIRS if self.pairs else Rows.HALVES
 
     def taken_apart(self, own: str, tensor: torch.Tensor) -> Iterator[tuple[int, str, torch.Tensor]]:
-        """Yield expert, projection and what of a tensor [E, rows, ...] is theirs."""
+        """Yield expert, projection and what of a tensor is theirs.
+
+        Args:
+            own: its name, but for what it is of.
+            tensor: [E, rows, ...], or levels [rows] of all experts; of gate and up of a channel they are one.
+        """
         whole = tensor.transpose(1, 2) if self.transposed and own == WEIGHT else tensor
+        whole = whole.expand(self.count, -1) if own == LEVEL else whole
         for expert, rows in enumerate(whole):
             parts = [rows[0::2], rows[1::2]] if self.pairs else rows.chunk(len(self.projections))
             for projection, part in zip(self.projections, parts, strict=True):
@@ -81,20 +90,20 @@ def stack_of(
         parts: whole names of the tensors that it is released as, where it is decoded while it is loaded.
 
     Raises:
-        UnsupportedError: it is no dense weight, or none that is known.
+        UnsupportedError: it is neither dense nor mixed, or none that is known.
     """
     owner, _, last = stem.rpartition(".")
     whole = f"{stem} is one tensor for all experts of a layer"
     if last not in _STACKED or (len(_STACKED[last]) > 1 and linear.rows == "plain"):
         raise UnsupportedError(f"{whole}, and no gate and up that kernels take, or down")
-    if not isinstance(represented, Scheme) or represented.outliers is not None:
-        raise UnsupportedError(f"{whole}, and only a dense one runs in vLLM")
+    if not isinstance(represented, Scheme | Mix) or (isinstance(represented, Scheme) and represented.outliers is not None):
+        raise UnsupportedError(f"{whole}, and only a dense or a mixed one runs in vLLM")
     experts = owner if owner.endswith(".experts") else f"{owner}.experts"
     known = tuple(name for name in PARTS if f"{stem}_{name}" in parts)
     if len(known) != len(parts):
         raise UnsupportedError(f"{stem} is released as {' and '.join(parts)}, which is not decoded while vLLM loads")
     biased = f"{stem}_{BIAS}" in names
-    return Stack(experts, _STACKED[last], linear.rows == "pairs", linear.transposed, biased, known)
+    return Stack(experts, _STACKED[last], linear.shape[0], linear.rows == "pairs", linear.transposed, biased, known)
 
 
 def check_whole(stacks: Mapping[str, Stack]) -> None:
