@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -242,6 +244,24 @@ def test_a_tied_head_multiplies_with_the_packed_embedding(tmp_path: Path) -> Non
     x = torch.randn(5, HIDDEN)
     for layer in (head, embedding):  # some models have no head and ask the embedding
         torch.testing.assert_close(layer.quant_method.apply(layer, x)[:, :96], model.lm_head(x))
+
+
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "vllm.md").read_text().replace("\\\n", "")
+
+
+def test_what_the_page_asks_of_a_plain_checkpoint_is_understood(monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = vllm_stand_in.REGISTERED["tersor"]
+    asked = [shlex.split(line) for line in re.findall(r"^ {4}(.*--hf-overrides.*)$", PAGE, re.MULTILINE)]
+    assert len(asked) == 1
+    overrides = json.loads(asked[0][asked[0].index("--hf-overrides") + 1])
+    config = kind.from_config_dict_json(overrides.pop("quantization_config_dict_json"))
+    assert not overrides and config.parsed.scheme == get_scheme("int4", 64) and not config.stored
+    assert config.parsed.resolve(f"{LAYER}.mlp.down_proj") == get_scheme("int8")
+    settings = dict(re.findall(r"(TERSOR_VLLM_\w+)=([\w:]+)", PAGE))
+    assert set(settings) == {"TERSOR_VLLM_FORMAT", "TERSOR_VLLM_ACTIVATIONS"}
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    assert kind().parsed.scheme == get_scheme(settings["TERSOR_VLLM_FORMAT"])
 
 
 def test_what_is_not_supported_is_said_in_a_line(

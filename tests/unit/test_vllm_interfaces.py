@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import re
 import sys
 from pathlib import Path
 
@@ -141,6 +142,21 @@ def test_classes_whose_loaders_are_known_are_called_so(name: str) -> None:
     assert {"B": "_repack_qkv", "F": "output_dim", "L": "weight_packed", "G": "if name not in params_dict"}[
         name[0]
     ] in text
+
+
+@needs_vllm
+def test_the_options_of_the_page_are_those_of_vllm() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "vllm.md").read_text().replace("\\\n", "")
+    commands = re.findall(r"^ {4}(?:\w+=\S+ )*vllm (.*)$", page, re.MULTILINE)
+    assert {command.split()[0] for command in commands} == {"serve", "run-batch"}
+    served, batch = (source(f"entrypoints.cli.{name}") for name in ("serve", "run_batch"))
+    assert 'name = "serve"' in served and 'name = "run-batch"' in batch
+    assert "vllm run-batch -i INPUT.jsonl -o OUTPUT.jsonl --model" in batch
+    engine = source("engine.arg_utils")
+    options = {option for command in commands for option in re.findall(r" (--?[a-z][\w-]*)", command)}
+    refused = set(re.findall(r"`(--(?:enable|cpu|offload)[\w-]*)`", page))
+    assert options == {"-i", "-o", "--model", "--quantization", "--hf-overrides"} and len(refused) == 4
+    assert not [option for option in (options | refused) - {"-i", "-o"} if f'"{option}"' not in engine]
 
 
 @needs_vllm

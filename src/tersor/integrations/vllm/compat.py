@@ -8,6 +8,7 @@
 | experts may be cut in blocks with padding (`tp_shard_with_padding`) | from 0.31 on |
 | the loader of Granite's mixtures, but for the hybrid, calls gate, up and down `w1`, `w3`, `w2` | 0.26 and 0.27 |
 | a method may be handed weights that were processed before (`supports_pre_processed_weights`) | 0.33; not taken |
+| gpt-oss' experts are a class of their own, whose loader knows single ones (`GptOssRoutedExperts`) | from 0.29 on |
 """
 
 from __future__ import annotations

@@ -96,7 +96,9 @@ def stack_of(
     whole = f"{stem} is one tensor for all experts of a layer"
     if last not in _STACKED or (len(_STACKED[last]) > 1 and linear.rows == "plain"):
         raise UnsupportedError(f"{whole}, and no gate and up that kernels take, or down")
-    if not isinstance(represented, Scheme | Mix) or (isinstance(represented, Scheme) and represented.outliers is not None):
+    if not isinstance(represented, Scheme | Mix) or (
+        isinstance(represented, Scheme) and represented.outliers is not None
+    ):
         raise UnsupportedError(f"{whole}, and only a dense or a mixed one runs in vLLM")
     experts = owner if owner.endswith(".experts") else f"{owner}.experts"
     known = tuple(name for name in PARTS if f"{stem}_{name}" in parts)
