@@ -15,7 +15,7 @@ from helpers import checkpoints, mixes, packed_models, pruned, vllm_stand_in
 from helpers.vllm_layers import HIDDEN, INNER, LAYER, PARTS, build, config_of, fill, weight
 
 from tersor.convert import quantize
-from tersor.errors import CheckpointError, InputError, UnsupportedError
+from tersor.errors import CheckpointError, TersorError, UnsupportedError
 from tersor.formats import get_scheme
 from tersor.integrations.transformers.load import load_model
 
@@ -145,7 +145,7 @@ def test_the_environment_says_what_a_plain_checkpoint_is_packed_to(
     monkeypatch.setenv("TERSOR_VLLM_FORMAT", "int8")
     assert config_of(source).hf["plan"] != config.hf["plan"]
     monkeypatch.setenv("TERSOR_VLLM_FORMAT", "fp9")
-    with pytest.raises(InputError, match=r"environment variable TERSOR_VLLM_FORMAT: .*fp9"):
+    with pytest.raises(TersorError, match=r"environment variable TERSOR_VLLM_FORMAT: .*fp9"):
         config_of(source)
 
 
@@ -284,7 +284,7 @@ def test_what_is_not_supported_is_said_in_a_line(
     layer.load("weight_packed", tensors[f"{down}.weight_packed"])
     with pytest.raises(CheckpointError, match="has 64 rows, and vLLM's layer 63"):
         layer.load("weight_scale", tensors[f"{down}.weight_scale"])
-    with pytest.raises(InputError, match="an object with format, ignore, overrides"):
+    with pytest.raises(TersorError, match="an object with format, ignore, overrides"):
         vllm_stand_in.REGISTERED["tersor"].from_config_dict_json('{"bits": 6}')
     monkeypatch.setenv("TERSOR_VLLM_ACTIVATIONS", "fp8")
     sparse = pruned.saved("llama", tmp_path / "plain", 0.3)

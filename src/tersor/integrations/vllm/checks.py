@@ -5,19 +5,22 @@ A worker that refuses ends in its own traces; what can be known ahead of it is s
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
-from tersor.errors import UnsupportedError
+from tersor.errors import InputError, TersorError, UnsupportedError
 from tersor.formats import Activations, Assignment, Mix, Pruned, Scheme, Sparse
 from tersor.integrations.vllm.plan import Plan, Stored
 from tersor.integrations.vllm.stacks import HANDED_WHOLE
 from tersor.layouts.shard import quantum
 from tersor.ops.dispatch import kernel_layout
 
+P = ParamSpec("P")
+T = TypeVar("T")
 GATES = ("silu", "gelu", "gelu_tanh", "gelu_pytorch_tanh")
 """How gate and up of experts become one, by the names of configurations."""
 _CUT = ("o_proj", "wo", "out_proj", "down_proj", "w2", "fc2", "c_proj", "dense_4h_to_h", "output_linear")
@@ -51,6 +54,25 @@ class Started:
     balances: bool = False
     random: bool = False
     option: str = ""
+
+
+def in_one_line(call: Callable[P, T]) -> Callable[P, T]:
+    """Return a function that vLLM calls while it makes its configuration, and whose errors are the last line printed.
+
+    Pydantic, which checks that configuration, wraps every `ValueError` in lines of its own.
+
+    Raises:
+        TersorError: the line of an `InputError`, which is a `ValueError`; others pass.
+    """
+
+    @functools.wraps(call)
+    def calling(*arguments: P.args, **options: P.kwargs) -> T:
+        try:
+            return call(*arguments, **options)
+        except InputError as error:
+            raise TersorError(str(error)) from None
+
+    return calling
 
 
 def of_checkpoint(plan: Plan, activations: Activations, text: Mapping[str, Any], methodless: frozenset[str]) -> None:

@@ -36,6 +36,7 @@ class TersorVllmConfig(compat.QuantizationConfig):
         plan: which weight of the checkpoint is which layer's.
     """
 
+    @checks.in_one_line
     def __init__(self, parsed: QuantizationConfig | None = None, stored: bool = False) -> None:
         """Take what is asked for; without a configuration that is `TERSOR_VLLM_FORMAT` of every linear layer."""
         super().__init__()
@@ -78,22 +79,24 @@ class TersorVllmConfig(compat.QuantizationConfig):
         return NAME if user_quant == NAME and hf_quant_cfg.get("quant_method") in _DECODED else None
 
     @classmethod
+    @checks.in_one_line
     def from_config(cls, config: dict[str, Any]) -> TersorVllmConfig:
         """Read quantization_config of a compressed checkpoint; one of another method is what is packed while loading.
 
         Raises:
-            CheckpointError: unknown keys, a newer version, values that are none.
+            TersorError: unknown keys, a newer version, values that are none.
         """
         if config.get("quant_method") in _DECODED:
             return cls()
         return cls(QuantizationConfig.from_dict(config), stored=True)
 
     @classmethod
+    @checks.in_one_line
     def from_config_dict_json(cls, text: str) -> TersorVllmConfig:
         """Read what is asked for of a plain checkpoint: `format`, `ignore` and `overrides`, as a text of JSON.
 
         Raises:
-            InputError: no such text, an unknown option, a pattern or format that is none.
+            TersorError: no such text, an unknown option, a pattern or format that is none.
         """
         try:
             asked = json.loads(text)
@@ -105,6 +108,7 @@ class TersorVllmConfig(compat.QuantizationConfig):
         ignore = tuple(parse_ignore(asked.get("ignore", ())))
         return cls(QuantizationConfig(scheme, tuple(parse_overrides(asked.get("overrides", {}))), ignore))
 
+    @checks.in_one_line
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """Read the headers of the checkpoint, once, in vLLM's main process.
 
