@@ -8,7 +8,7 @@ import torch
 
 from tersor.checkpoint.released.mxfp4 import decoded
 from tersor.errors import CheckpointError
-from tersor.integrations.vllm.stacks import BIAS, PARTS, WEIGHT, Stack
+from tersor.integrations.vllm.stacks import BIAS, DOWN, PARTS, WEIGHT, Stack
 from tersor.layouts.shard import Span
 from tersor.nn.experts import Rows
 
@@ -72,7 +72,7 @@ class Handed:
     def missing(self) -> list[str]:
         """Return what biases are called that have not arrived."""
         lacking = (stack for stack in self._stacks if stack.biased and stack not in self._biases)
-        return [f"{stack.experts}.{'_'.join(stack.projections)}_{BIAS}" for stack in lacking]
+        return [f"{stack.experts}.{DOWN if stack.rows() is Rows.PLAIN else 'gate_up_proj'}_{BIAS}" for stack in lacking]
 
     def _own(self, stack: Stack, own: str, tensor: torch.Tensor) -> Iterator[tuple[int, str, torch.Tensor]]:
         for expert, projection, part in stack.taken_apart(own, tensor):
