@@ -22,12 +22,13 @@ GPU := $(shell { test -e /dev/nvidia0 || nvidia-smi -L; } >/dev/null 2>&1 && ech
 TORCH := torch==2.13.0
 TORCH_CPU := $(TORCH) --extra-index-url https://download.pytorch.org/whl/cpu --retries 1 --timeout 20
 
-.PHONY: help demo test rules lint gpu-test bench clean
+.PHONY: help demo test rules lint vllm-wheels vllm-interfaces gpu-test bench clean
 
 help:
 	@echo 'make demo      compress the bundled model to five formats, compare them, continue a prompt with each'
 	@echo 'make test      lint, type check, and every test that needs no GPU'
 	@echo 'make lint      ruff (rules and format) and mypy'
+	@echo 'make vllm-interfaces  releases of vLLM against what the plug-in asks of them, by their wheels (300 MB each)'
 	@echo 'make gpu-test  tests on a GPU; a summary goes to bench/results/gpu_tests.json'
 	@echo 'make bench     measurements on a GPU; numbers go to bench/results'
 	@echo 'make clean     remove .venv and caches'
@@ -48,6 +49,30 @@ rules: $(READY_DEV)
 
 lint: rules
 	$(PYTHON) -m mypy
+
+# Wheels are read, not installed: their Python files are kept in build/. The newest release is what pip finds.
+VLLM := vllm==0.26.0 vllm
+WHEEL := --no-deps --only-binary=:all: --implementation cp --python-version 3.12 \
+  --platform manylinux_2_28_x86_64 --platform manylinux_2_31_x86_64 --platform manylinux2014_x86_64
+UNPACK := import sys, zipfile; wheel = zipfile.ZipFile(sys.argv[1]); \
+  wheel.extractall(sys.argv[2], [name for name in wheel.namelist() if name.endswith((".py", "METADATA"))])
+
+vllm-wheels: $(READY_DEV)
+	@set -e; for release in $(VLLM); do \
+	  folder=build/wheels/$$release; rm -rf $$folder.made; \
+	  if [ ! -d $$folder ]; then \
+	    $(PYTHON) -m pip download -q $(WHEEL) -d $$folder.made "$$release"; \
+	    $(PYTHON) -c '$(UNPACK)' $$folder.made/*.whl $$folder.made/files; \
+	    mv $$folder.made/files $$folder; rm -rf $$folder.made; \
+	  fi; \
+	done
+
+vllm-interfaces: vllm-wheels
+	@set -e; for release in $(VLLM); do \
+	  folder=build/wheels/$$release; \
+	  echo "$$release: $$(ls $$folder | grep '^vllm-')"; \
+	  PYTHONPATH=$$folder$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m pytest -q tests/unit/test_vllm_interfaces.py; \
+	done
 
 gpu-test: $(READY_DEV)
 	$(PYTHON) bench/gpu_tests.py

@@ -165,9 +165,11 @@ class Activation(enum.Enum):
 class RoutedExperts(nn.Module):
     """The experts of a layer; those from `first` on are this rank's."""
 
+    activation, biased = Activation.SILU, False
+
     def __init__(self, config: Any, prefix: str, experts: int, hidden: int, inner: int, first: int = 0) -> None:
         super().__init__()
-        self.layer_name, self.params_dtype, self.activation = prefix, torch.float32, Activation.SILU
+        self.layer_name, self.params_dtype = prefix, torch.float32
         self.ckpt_gate_proj_name, self.ckpt_up_proj_name, self.ckpt_down_proj_name = "gate_proj", "up_proj", "down_proj"
         self.apply_router_weight_on_input, self.swiglu_limit, self._first = False, None, first
         self.expert_map = None
@@ -175,7 +177,7 @@ class RoutedExperts(nn.Module):
             self.expert_map = torch.tensor([-1] * first + list(range(experts - first)))
         parallel = SimpleNamespace(tp_size=CURRENT.ranks, tp_rank=CURRENT.rank, use_all2all_kernels=False)
         self.moe_config = SimpleNamespace(
-            has_bias=False, experts_per_token=1, moe_parallel_config=parallel, tp_shard_with_padding=False
+            has_bias=self.biased, experts_per_token=1, moe_parallel_config=parallel, tp_shard_with_padding=False
         )
         self.quant_method = config.get_quant_method(self, prefix)
         if self.quant_method is not None:
@@ -199,14 +201,28 @@ class RoutedExperts(nn.Module):
         )
 
 
+class ClampedExperts(RoutedExperts):
+    """Those of gpt-oss, whose loader hands whole tensors to parameters of their names and passes over others."""
+
+    activation, biased = Activation.SWIGLUOAI, True
+
+    def take(self, name: str, tensor: torch.Tensor) -> bool:
+        """Take a tensor of all experts; tell whether there is a parameter for it."""
+        parameter = dict(self.named_parameters()).get(name)
+        if parameter is not None:
+            parameter.weight_loader(parameter, tensor)
+        return parameter is not None
+
+
 @dataclass
 class Mapper:
-    """Renames weights: a prefix becomes another."""
+    """Renames weights: a prefix becomes another, and so does what a name ends with."""
 
     prefixes: Mapping[str, str] = field(default_factory=dict)
+    suffixes: Mapping[str, str] = field(default_factory=dict)
 
     def __or__(self, other: Mapper) -> Mapper:
-        return Mapper({**self.prefixes, **other.prefixes})
+        return Mapper({**self.prefixes, **other.prefixes}, {**self.suffixes, **other.suffixes})
 
     def apply(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield weights under new names."""
@@ -220,6 +236,10 @@ class Mapper:
             for old, new in self.prefixes.items():
                 if name.startswith(old):
                     name = new + name.removeprefix(old)
+                    break
+            for old, new in self.suffixes.items():
+                if name.endswith(old):
+                    name = name.removesuffix(old) + new
                     break
             found.append(name)
         return found

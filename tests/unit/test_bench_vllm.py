@@ -228,6 +228,11 @@ def test_prompts_are_timed_with_nothing_of_them_in_pages(asked: Asked) -> None:
     assert {one["max_tokens"] for run in runs[:4] for one in run["params"]} == {1} and len(runs[4]["prompts"]) == 1
 
 
+def test_graphs_are_those_of_the_rows_that_are_timed(asked: Asked) -> None:
+    list(rows.latencies([PLAIN], TINY, "tiny", [4, 1, 4], [100], 8))
+    assert asked()[0]["llm"]["compilation_config"] == {"cudagraph_capture_sizes": [1, 4]}
+
+
 def test_the_same_weights_like_those_of_tersor_are_loaded_in_every_format(asked: Asked) -> None:
     both = variants.variants(variants.named("vllm,vllm:fp8"), [])
     assert len(list(rows.latencies(both, {**TINY, "tie_word_embeddings": False}, "tiny", [1], [20], 2))) == 2

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +15,7 @@ from helpers import checkpoints, mixes, packed_models, pruned, vllm_stand_in
 from helpers.vllm_layers import HIDDEN, INNER, LAYER, PARTS, build, config_of, fill, weight
 
 from tersor.convert import quantize
-from tersor.errors import CheckpointError, InputError, UnsupportedError
+from tersor.errors import CheckpointError, TersorError, UnsupportedError
 from tersor.formats import get_scheme
 from tersor.integrations.transformers.load import load_model
 
@@ -143,7 +145,7 @@ def test_the_environment_says_what_a_plain_checkpoint_is_packed_to(
     monkeypatch.setenv("TERSOR_VLLM_FORMAT", "int8")
     assert config_of(source).hf["plan"] != config.hf["plan"]
     monkeypatch.setenv("TERSOR_VLLM_FORMAT", "fp9")
-    with pytest.raises(InputError, match=r"environment variable TERSOR_VLLM_FORMAT: .*fp9"):
+    with pytest.raises(TersorError, match=r"environment variable TERSOR_VLLM_FORMAT: .*fp9"):
         config_of(source)
 
 
@@ -244,6 +246,24 @@ def test_a_tied_head_multiplies_with_the_packed_embedding(tmp_path: Path) -> Non
         torch.testing.assert_close(layer.quant_method.apply(layer, x)[:, :96], model.lm_head(x))
 
 
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "vllm.md").read_text().replace("\\\n", "")
+
+
+def test_what_the_page_asks_of_a_plain_checkpoint_is_understood(monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = vllm_stand_in.REGISTERED["tersor"]
+    asked = [shlex.split(line) for line in re.findall(r"^ {4}(.*--hf-overrides.*)$", PAGE, re.MULTILINE)]
+    assert len(asked) == 1
+    overrides = json.loads(asked[0][asked[0].index("--hf-overrides") + 1])
+    config = kind.from_config_dict_json(overrides.pop("quantization_config_dict_json"))
+    assert not overrides and config.parsed.scheme == get_scheme("int4", 64) and not config.stored
+    assert config.parsed.resolve(f"{LAYER}.mlp.down_proj") == get_scheme("int8")
+    settings = dict(re.findall(r"(TERSOR_VLLM_\w+)=([\w:]+)", PAGE))
+    assert set(settings) == {"TERSOR_VLLM_FORMAT", "TERSOR_VLLM_ACTIVATIONS"}
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    assert kind().parsed.scheme == get_scheme(settings["TERSOR_VLLM_FORMAT"])
+
+
 def test_what_is_not_supported_is_said_in_a_line(
     tmp_path: Path, vllm: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -264,7 +284,7 @@ def test_what_is_not_supported_is_said_in_a_line(
     layer.load("weight_packed", tensors[f"{down}.weight_packed"])
     with pytest.raises(CheckpointError, match="has 64 rows, and vLLM's layer 63"):
         layer.load("weight_scale", tensors[f"{down}.weight_scale"])
-    with pytest.raises(InputError, match="an object with format, ignore, overrides"):
+    with pytest.raises(TersorError, match="an object with format, ignore, overrides"):
         vllm_stand_in.REGISTERED["tersor"].from_config_dict_json('{"bits": 6}')
     monkeypatch.setenv("TERSOR_VLLM_ACTIVATIONS", "fp8")
     sparse = pruned.saved("llama", tmp_path / "plain", 0.3)

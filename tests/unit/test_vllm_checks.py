@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +14,7 @@ from helpers.vllm_layers import HIDDEN, INNER, LAYER, config_of
 from safetensors.torch import save_file
 
 from tersor.convert import quantize
-from tersor.errors import UnsupportedError
+from tersor.errors import TersorError, UnsupportedError
 from tersor.integrations import vllm as plugin
 
 pytestmark = pytest.mark.usefixtures("one_vllm_rank")
@@ -116,12 +118,14 @@ def test_embeddings_and_heads_that_vllm_builds_without_a_method_stay_plain(
 @pytest.mark.parametrize(
     ("name", "options", "changes", "line"),
     [
+        ("gpt_oss", {}, {"swiglu_limit": 5.0}, "experts of a layer, and no gate and up that kernels take"),
         (
             "gpt_oss",
+            {"ignore": ["down_proj"]},
             {},
-            {},
-            "which vLLM's GptOssForCausalLM copies into tensors of its own",
+            r"packed experts have gate, up and down, and these \['gate_",
         ),
+        ("granitemoe", {"ignore": ["down_proj"]}, {}, r"packed experts have gate, up and down, and these \['gate_"),
         ("llama4_text", {"format": "uint4", "group_size": 32}, {"num_experts_per_tok": 1}, "alone"),
         ("llama4_text", {}, {}, "the router's weights come before the product, of several experts a token"),
         (
@@ -152,6 +156,25 @@ def test_rows_that_vllm_brings_in_another_order_are_dense(tmp_path: Path) -> Non
     mixed = mixes.compressed("falcon", tmp_path / "mixed")[1]
     with pytest.raises(UnsupportedError, match=r"query_key_value: vLLM brings its rows in another order"):
         config_of(mixed)
+
+
+def test_no_line_is_a_value_error_which_pydantic_would_wrap_in_lines_of_its_own(
+    tmp_path: Path, packed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    newer = shutil.copytree(packed, tmp_path / "newer")
+    config = json.loads((newer / "config.json").read_text())
+    config["quantization_config"]["version"] = 99
+    (newer / "config.json").write_text(json.dumps(config))
+    lost = shutil.copytree(packed, tmp_path / "lost")
+    (lost / "model.safetensors").write_bytes(b"nothing")
+    for directory, line in ((newer, "version 99"), (lost, "model.safetensors")):
+        with pytest.raises(TersorError, match=line) as refused:
+            config_of(directory)
+        assert not isinstance(refused.value, ValueError) and "\n" not in str(refused.value)
+    monkeypatch.setenv("TERSOR_VLLM_ACTIVATIONS", "fp3")
+    with pytest.raises(TersorError, match="fp3") as refused:
+        config_of(packed)
+    assert not isinstance(refused.value, ValueError)
 
 
 def test_a_checkpoint_that_lost_a_tensor_is_refused_by_its_headers(tmp_path: Path) -> None:

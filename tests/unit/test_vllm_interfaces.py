@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import re
 import sys
 from pathlib import Path
 
@@ -45,6 +46,9 @@ ARGUMENTS = {
     ("model_executor.models.utils", "WeightsMapper.apply"): "weights",
     ("model_executor.models.utils", "WeightsMapper.__or__"): "other",
     ("model_executor.layers.quantization.base_config", "QuantizationConfig.get_cache_scale_mapper"): "",
+    ("model_executor.layers.quantization.base_config", "QuantizationConfig.override_quantization_method"): (
+        "hf_quant_cfg user_quant hf_config"
+    ),
     ("config.vllm", "VllmConfig.__post_init__"): "",
     ("model_executor.model_loader.default_loader", "DefaultModelLoader.get_all_weights"): "model_config model",
 }
@@ -58,11 +62,15 @@ ATTRIBUTES = {
         "shard_indices org_vocab_size num_embeddings_per_partition org_vocab_start_index num_added_elements"
     ),
     "model_executor.layers.fused_moe.routed_experts": (
-        "moe_config ckpt_gate_proj_name ckpt_up_proj_name ckpt_down_proj_name apply_router_weight_on_input expert_map"
+        "moe_config ckpt_gate_proj_name ckpt_up_proj_name ckpt_down_proj_name apply_router_weight_on_input expert_map "
+        "swiglu_limit swiglu_alpha swiglu_beta"
     ),
     "model_executor.layers.fused_moe.config": (
         "moe_parallel_config use_all2all_kernels has_bias tp_rank tp_size experts_per_token"
     ),
+    "model_executor.layers.fused_moe.activation": 'SWIGLUOAI = "swigluoai"',
+    "model_executor.models.gpt_oss": 'has_bias=True activation="swigluoai" _load_weights_other _load_weights_mxfp4',
+    "model_executor.model_loader.weight_utils": ".experts.routed_experts.",
     "model_executor.layers.logits_processor": "quant_method",
     "config.load": "load_format",
     "config.offload": "uva prefetch cpu_offload_gb offload_group_size",
@@ -131,7 +139,24 @@ def test_a_method_that_vllm_does_not_know_itself_is_entered_and_found_by_config_
 def test_classes_whose_loaders_are_known_are_called_so(name: str) -> None:
     assert f'"{name}"' in source("model_executor.models.registry")
     text = source("model_executor.models." + {"B": "bloom", "F": "falcon", "L": "llama4", "G": "gpt_oss"}[name[0]])
-    assert {"B": "_repack_qkv", "F": "output_dim", "L": "weight_packed", "G": "param.copy_"}[name[0]] in text
+    assert {"B": "_repack_qkv", "F": "output_dim", "L": "weight_packed", "G": "if name not in params_dict"}[
+        name[0]
+    ] in text
+
+
+@needs_vllm
+def test_the_options_of_the_page_are_those_of_vllm() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "vllm.md").read_text().replace("\\\n", "")
+    commands = re.findall(r"^ {4}(?:\w+=\S+ )*vllm (.*)$", page, re.MULTILINE)
+    assert {command.split()[0] for command in commands} == {"serve", "run-batch"}
+    served, batch = (source(f"entrypoints.cli.{name}") for name in ("serve", "run_batch"))
+    assert 'name = "serve"' in served and 'name = "run-batch"' in batch
+    assert "vllm run-batch -i INPUT.jsonl -o OUTPUT.jsonl --model" in batch
+    engine = source("engine.arg_utils")
+    options = {option for command in commands for option in re.findall(r" (--?[a-z][\w-]*)", command)}
+    refused = set(re.findall(r"`(--(?:enable|cpu|offload)[\w-]*)`", page))
+    assert options == {"-i", "-o", "--model", "--quantization", "--hf-overrides"} and len(refused) == 4
+    assert not [option for option in (options | refused) - {"-i", "-o"} if f'"{option}"' not in engine]
 
 
 @needs_vllm

@@ -63,6 +63,8 @@ def latencies(
         "enforce_eager": not cuda_graph,
         "load_format": loading.FORMAT,
     }
+    if cuda_graph:  # of steps of these rows alone: vLLM's own list is of some 50 sizes, and ends at 512 rows
+        options["compilation_config"] = {"cudagraph_capture_sizes": sorted(set(batches))}
     arguments = {
         "batches": list(batches),
         "contexts": list(contexts),

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from tersor.checkpoint.released.parts import Assembly, check_rank, check_shape, read, read_float
-from tersor.checkpoint.released.scaled import small_floats
+from tersor.checkpoint.released.parts import Assembly, check_rank, check_shape, codes_of, read
 from tersor.checkpoint.source import StoredTensor
+from tersor.formats import get
 
 _BLOCK = 32
+_ELEMENT = get("fp4_e2m1")
 
 
 def mxfp4(assembly: Assembly) -> None:
@@ -23,16 +24,21 @@ def mxfp4(assembly: Assembly) -> None:
         _put(assembly, name, blocks, scales)
 
 
+def decoded(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Return float32 [OC, IC] of codes uint8 [OC, IC/32, 16] and exponents uint8 or float8_e8m0fnu [OC, IC/32]."""
+    codes = codes_of(blocks, _ELEMENT.bits, _BLOCK)
+    exponents = scales.contiguous().view(torch.uint8).view(torch.float8_e8m0fnu).float()
+    return (_ELEMENT.decode(codes) * exponents.unsqueeze(-1)).flatten(-2)
+
+
 def _put(assembly: Assembly, name: str, blocks: StoredTensor, scales: StoredTensor) -> None:
     experts, oc, groups, _ = blocks.spec.shape
-    values = small_floats("fp4_e2m1")
 
     def decode(first: int, last: int) -> torch.Tensor:
         rows = []
         for expert in range(first, last):
-            codes = values(read(blocks, (expert, expert + 1))[0])
-            scale = read_float(scales, (expert, expert + 1))[0]
-            rows.append((codes * scale.unsqueeze(-1)).reshape(oc, groups * _BLOCK).T)
+            codes, exponents = (read(tensor, (expert, expert + 1))[0] for tensor in (blocks, scales))
+            rows.append(decoded(codes, exponents).T)
         return torch.stack(rows)
 
     assembly.put(name, (experts, groups * _BLOCK, oc), (blocks, scales), decode)

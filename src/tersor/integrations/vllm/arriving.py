@@ -28,7 +28,8 @@ from tersor.checkpoint.pack import pack
 from tersor.errors import CheckpointError, FormatError, NonFiniteError, ShapeError
 from tersor.formats import Assignment, Mix, Scheme, Sparse
 from tersor.integrations.vllm.checks import need_drawable, need_quantum
-from tersor.integrations.vllm.plan import WEIGHT, Stored
+from tersor.integrations.vllm.plan import Stored
+from tersor.integrations.vllm.stacks import WEIGHT
 from tersor.layouts import MixedWeight, PackedWeight, SparseWeight
 from tersor.layouts.shard import Part
 from tersor.models.stored import joined

@@ -5,29 +5,32 @@ A worker that refuses ends in its own traces; what can be known ahead of it is s
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
-from tersor.errors import UnsupportedError
+from tersor.errors import InputError, TersorError, UnsupportedError
 from tersor.formats import Activations, Assignment, Mix, Pruned, Scheme, Sparse
 from tersor.integrations.vllm.plan import Plan, Stored
+from tersor.integrations.vllm.stacks import HANDED_WHOLE
 from tersor.layouts.shard import quantum
 from tersor.ops.dispatch import kernel_layout
 
+P = ParamSpec("P")
+T = TypeVar("T")
 GATES = ("silu", "gelu", "gelu_tanh", "gelu_pytorch_tanh")
 """How gate and up of experts become one, by the names of configurations."""
 _CUT = ("o_proj", "wo", "out_proj", "down_proj", "w2", "fc2", "c_proj", "dense_4h_to_h", "output_linear")
 """What layers are called whose input channels vLLM deals out to ranks."""
+_LIMITS = ("swiglu_limit", "swiglu_limits")
 _LLAMA4 = ("Llama4ForCausalLM", "Llama4ForConditionalGeneration")
 """Classes for which vLLM brings the rows of queries and keys in another order, by the names of codes and scales, and
 multiplies tokens by what the router says ahead of their experts."""
 _REORDERED = ("BloomForCausalLM", "FalconForCausalLM", "GPTNeoXForCausalLM", "RWForCausalLM")
 """Classes for which it does so with a weight that holds queries, keys and values, whatever its tensors are called."""
-_COPIED = ("GptOssForCausalLM",)
-"""Classes whose loaders copy stacked experts into vLLM's own tensors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +54,25 @@ class Started:
     balances: bool = False
     random: bool = False
     option: str = ""
+
+
+def in_one_line(call: Callable[P, T]) -> Callable[P, T]:
+    """Return a function that vLLM calls while it makes its configuration, and whose errors are the last line printed.
+
+    Pydantic, which checks that configuration, wraps every `ValueError` in lines of its own.
+
+    Raises:
+        TersorError: the line of an `InputError`, which is a `ValueError`; others pass.
+    """
+
+    @functools.wraps(call)
+    def calling(*arguments: P.args, **options: P.kwargs) -> T:
+        try:
+            return call(*arguments, **options)
+        except InputError as error:
+            raise TersorError(str(error)) from None
+
+    return calling
 
 
 def of_checkpoint(plan: Plan, activations: Activations, text: Mapping[str, Any], methodless: frozenset[str]) -> None:
@@ -83,11 +105,6 @@ def of_checkpoint(plan: Plan, activations: Activations, text: Mapping[str, Any],
                 f"{name}: vLLM brings its rows in another order while it loads {plan.architecture}, which it does with "
                 f"dense weights{' without zero points' if turned else ''} alone"
             )
-    if plan.stacks and plan.architecture in _COPIED:
-        raise UnsupportedError(
-            f"{next(iter(plan.stacks))} is one tensor for all experts of a layer, which vLLM's {plan.architecture} "
-            "copies into tensors of its own: run this model with tersor serve"
-        )
     for experts in dict.fromkeys(_experts(plan)):
         _check_experts(experts, plan.architecture, text)
 
@@ -192,7 +209,7 @@ def _check_experts(experts: str, architecture: str, text: Mapping[str, Any]) -> 
     why = ""
     if activation not in GATES:
         why = f"gate and up become one by {activation}"
-    elif any(_clamps(text.get(name)) for name in ("swiglu_limit", "swiglu_limits")):
+    elif architecture not in HANDED_WHOLE and any(_clamps(text.get(name)) for name in _LIMITS):
         why = "gate and up are clamped"
     elif architecture in _LLAMA4 and text.get("num_experts_per_tok", 1) > 1:
         why = "the router's weights come before the product, of several experts a token"

@@ -8,6 +8,7 @@
 | experts may be cut in blocks with padding (`tp_shard_with_padding`) | from 0.31 on |
 | the loader of Granite's mixtures, but for the hybrid, calls gate, up and down `w1`, `w3`, `w2` | 0.26 and 0.27 |
 | a method may be handed weights that were processed before (`supports_pre_processed_weights`) | 0.33; not taken |
+| gpt-oss' experts are a class of their own, whose loader knows single ones (`GptOssRoutedExperts`) | from 0.29 on |
 """
 
 from __future__ import annotations
@@ -35,11 +36,13 @@ from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
+from tersor.checkpoint.names import LEVEL
 from tersor.errors import UnsupportedError
 from tersor.integrations.vllm.checks import Started
-from tersor.integrations.vllm.plan import DOWN, GATE, UP, Stack
+from tersor.integrations.vllm.stacks import BIAS, DOWN, GATE, HANDED_WHOLE, PARTS, UP, WEIGHT, Stack
 from tersor.layouts.shard import Span
 from tersor.ops import Gate
+from tersor.ops.gates import CLAMP, SLOPE
 
 __all__ = [
     "FusedMoEMethodBase",
@@ -56,7 +59,9 @@ __all__ = [
 
 _OF_VOCABULARY = {"VocabParallelEmbedding": "embedding", "ParallelLMHead": "head"}
 _GRANITE = ("GraniteMoeForCausalLM", "GraniteMoeSharedForCausalLM")
-_GATES = {"silu": Gate.SILU, "gelu": Gate.GELU, "gelu_tanh": Gate.GELU_TANH}
+_GATES = {"silu": Gate.SILU, "gelu": Gate.GELU, "gelu_tanh": Gate.GELU_TANH, "swigluoai": Gate.CLAMPED}
+_CLAMPED = {"swiglu_limit": CLAMP, "swiglu_alpha": SLOPE, "swiglu_beta": 1.0}
+"""What a layer may say of a clamped gate -> the number that vLLM's and ours have where it says none."""
 
 
 def draws_weights() -> bool:
@@ -131,6 +136,8 @@ def methodless(architectures: Sequence[str]) -> frozenset[str]:
 def unstacking(mapper: Any, stacks: Mapping[str, Stack], architecture: str) -> Any:
     """Return a mapper of names that also hands loaders the weights of each expert where one tensor holds those of all.
 
+    Loaders of `HANDED_WHOLE` are handed that tensor, and its biases, by the name of a parameter of the layer.
+
     Args:
         mapper: `WeightsMapper` of vLLM.
         stacks, architecture: as of a `Plan`.
@@ -140,6 +147,9 @@ def unstacking(mapper: Any, stacks: Mapping[str, Stack], architecture: str) -> A
     known = {_inside(stem): stack for stem, stack in stacks.items()}
     kind: Any = type(mapper)
     called = _granite_names() if architecture in _GRANITE else {}
+    take = _taken_apart
+    if architecture in HANDED_WHOLE:
+        take = _whole
 
     class Unstacking(kind):  # type: ignore[misc]
         """Merged with another it stays what it is."""
@@ -151,7 +161,7 @@ def unstacking(mapper: Any, stacks: Mapping[str, Stack], architecture: str) -> A
             return _again(kind.__or__(other, self))
 
         def apply(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Any:
-            return super().apply(_taken_apart(weights, known, called))
+            return super().apply(take(weights, known, called))
 
     def _again(one: Any) -> Any:
         return Unstacking(**{field.name: getattr(one, field.name) for field in fields(one)})
@@ -163,17 +173,40 @@ def _taken_apart(
     weights: Iterable[tuple[str, torch.Tensor]], stacks: Mapping[str, Stack], called: Mapping[str, str]
 ) -> Iterator[tuple[str, torch.Tensor]]:
     for name, tensor in weights:
-        stem, own, stack = name, "weight", stacks.get(_inside(name))
-        if stack is None:
-            stem, _, own = name.rpartition(".")
-            stack = stacks.get(_inside(stem))
-        if stack is None or tensor.dim() != 3:
+        stem, own, stack = _found(name, stacks)
+        if stack is None or (tensor.dim() != 3 and own != LEVEL):
             yield name, tensor
             continue
-        owner = stem.rpartition(".")[0]
-        experts = owner if owner.endswith(".experts") else f"{owner}.experts"
         for expert, projection, part in stack.taken_apart(own, tensor):
-            yield f"{experts}.{expert}.{called.get(projection, projection)}.{own}", part
+            yield f"{_layer(stem)}.{expert}.{called.get(projection, projection)}.{own}", part
+
+
+def _whole(
+    weights: Iterable[tuple[str, torch.Tensor]], stacks: Mapping[str, Stack], called: Mapping[str, str]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, tensor in weights:
+        stem, own, stack = _found(name, stacks)
+        for last in (BIAS, *PARTS):
+            if stack is None and name.endswith(f"_{last}"):
+                stem, own = name.removesuffix(f"_{last}"), last
+                stack = stacks.get(_inside(stem))
+        yield (name if stack is None else f"{_layer(stem)}.routed_experts.{stack.stem}_{own}"), tensor
+
+
+def _found(name: str, stacks: Mapping[str, Stack]) -> tuple[str, str, Stack | None]:
+    """Return the stem of a tensor of all experts, its own name, and what it holds; of others `None`."""
+    stem = name
+    while stem:
+        if (stack := stacks.get(_inside(stem))) is not None:
+            return stem, name.removeprefix(stem).removeprefix(".") or WEIGHT, stack
+        stem = stem.rpartition(".")[0]
+    return name, WEIGHT, None
+
+
+def _layer(stem: str) -> str:
+    """Return the name of the layer of experts that a tensor of all of them is of."""
+    owner = stem.rpartition(".")[0]
+    return owner if owner.endswith(".experts") else f"{owner}.experts"
 
 
 def _inside(name: str) -> str:
@@ -239,23 +272,35 @@ def local_expert(layer: Any, expert: int) -> int:
     return found
 
 
-def experts_gate(layer: Any) -> Gate:
+def biased(layer: Any) -> bool:
+    """Whether a layer's experts have biases."""
+    return bool(getattr(layer.moe_config, "has_bias", False))
+
+
+def experts_gate(layer: Any, biases: bool) -> Gate:
     """Return how gate and up of a layer's experts become one.
+
+    Args:
+        layer: while its weights are created.
+        biases: whether those of experts that have any are handed over.
 
     Raises:
         UnsupportedError: experts that compute something that kernels do not; the line says what.
     """
     config = layer.moe_config
     activation = str(getattr(layer.activation, "value", layer.activation))
+    said = {name: getattr(layer, name, None) for name in _CLAMPED}
+    if _GATES.get(activation) is Gate.CLAMPED:
+        said = {name: number for name, number in said.items() if number != _CLAMPED[name]}
     why = ""
     if activation not in _GATES:
         why = f"gate and up become one by {activation}"
-    elif getattr(config, "has_bias", False):
+    elif biased(layer) and not biases:
         why = "they have biases"
     elif layer.apply_router_weight_on_input and config.experts_per_token > 1:
         why = "the router's weights come before the product, of several experts a token"
-    elif getattr(layer, "swiglu_limit", None) is not None:
-        why = "gate and up are clamped"
+    elif any(number is not None for number in said.values()):
+        why = "gate and up are clamped" + (" at other numbers" if activation == "swigluoai" else "")
     elif config.moe_parallel_config.use_all2all_kernels:
         why = "ranks exchange tokens by an all-to-all backend (data parallelism with expert parallelism)"
     elif getattr(config, "tp_shard_with_padding", False):

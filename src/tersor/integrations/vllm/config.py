@@ -22,6 +22,8 @@ from tersor.ops.dispatch import activations_for
 
 NAME = QUANT_METHOD
 _OPTIONS = ("format", "ignore", "overrides")
+_DECODED = ("mxfp4", "gpt_oss_mxfp4")
+"""What vLLM calls the method by which gpt-oss is released, of which weights are decoded and packed while loading."""
 
 
 class TersorVllmConfig(compat.QuantizationConfig):
@@ -34,6 +36,7 @@ class TersorVllmConfig(compat.QuantizationConfig):
         plan: which weight of the checkpoint is which layer's.
     """
 
+    @checks.in_one_line
     def __init__(self, parsed: QuantizationConfig | None = None, stored: bool = False) -> None:
         """Take what is asked for; without a configuration that is `TERSOR_VLLM_FORMAT` of every linear layer."""
         super().__init__()
@@ -69,20 +72,31 @@ class TersorVllmConfig(compat.QuantizationConfig):
         return []
 
     @classmethod
+    def override_quantization_method(
+        cls, hf_quant_cfg: Mapping[str, Any], user_quant: str | None, hf_config: Any = None
+    ) -> str | None:
+        """Return `tersor` where it is asked for of another method's checkpoint that is packed while it is loaded."""
+        return NAME if user_quant == NAME and hf_quant_cfg.get("quant_method") in _DECODED else None
+
+    @classmethod
+    @checks.in_one_line
     def from_config(cls, config: dict[str, Any]) -> TersorVllmConfig:
-        """Read quantization_config of a compressed checkpoint.
+        """Read quantization_config of a compressed checkpoint; one of another method is what is packed while loading.
 
         Raises:
-            CheckpointError: unknown keys, a newer version, values that are none.
+            TersorError: unknown keys, a newer version, values that are none.
         """
+        if config.get("quant_method") in _DECODED:
+            return cls()
         return cls(QuantizationConfig.from_dict(config), stored=True)
 
     @classmethod
+    @checks.in_one_line
     def from_config_dict_json(cls, text: str) -> TersorVllmConfig:
         """Read what is asked for of a plain checkpoint: `format`, `ignore` and `overrides`, as a text of JSON.
 
         Raises:
-            InputError: no such text, an unknown option, a pattern or format that is none.
+            TersorError: no such text, an unknown option, a pattern or format that is none.
         """
         try:
             asked = json.loads(text)
@@ -94,6 +108,7 @@ class TersorVllmConfig(compat.QuantizationConfig):
         ignore = tuple(parse_ignore(asked.get("ignore", ())))
         return cls(QuantizationConfig(scheme, tuple(parse_overrides(asked.get("overrides", {}))), ignore))
 
+    @checks.in_one_line
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """Read the headers of the checkpoint, once, in vLLM's main process.
 
@@ -104,7 +119,7 @@ class TersorVllmConfig(compat.QuantizationConfig):
         """
         directory, foreign = Path(model_name), type(hf_config).__module__.startswith("transformers_modules.")
         if directory.is_dir() and not plan.has_weights(directory):  # vLLM itself refuses where it wants some
-            self.plan = plan.without_weights(self.parsed)
+            self.plan = plan.without_weights(directory, self.parsed, trust_remote_code=foreign)
         else:
             with open_source(model_name, None if directory.is_dir() else revision) as source:
                 make = plan.of_checkpoint if self.stored else plan.while_loading
@@ -151,7 +166,10 @@ class TersorVllmConfig(compat.QuantizationConfig):
             if None in names:  # experts without a gate
                 return None
             experts = found.of_experts(prefix, names)
-            return None if experts is None else TersorExpertsMethod(layer.moe_config, experts, names, self.activations)
+            if experts is None:
+                return None
+            whole = found.handed_whole(prefix)
+            return TersorExpertsMethod(layer.moe_config, experts, names, self.activations, whole)
         if isinstance(layer, compat.ParallelLMHead):
             if prefix in found.stored:
                 return TersorEmbeddingMethod(found.stored[prefix], self.activations)

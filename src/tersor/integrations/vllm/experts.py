@@ -14,7 +14,9 @@ from tersor.errors import CheckpointError, ShapeError
 from tersor.formats import Activations
 from tersor.integrations.vllm import compat
 from tersor.integrations.vllm.arriving import Piece, Place, raise_missing
+from tersor.integrations.vllm.handed import Handed
 from tersor.integrations.vllm.plan import Stored
+from tersor.integrations.vllm.stacks import BIAS, DOWN, GATE, UP, Stack
 from tersor.layouts import MixedWeight, PackedWeight, Stacked, StackedMixedWeight, StackedWeight, sets_of
 from tersor.layouts.shard import Part
 from tersor.models.weights import Matrix
@@ -22,6 +24,7 @@ from tersor.models.weights import Matrix
 _SHARDS = ("w1", "w3", "w2")
 """What vLLM calls gate, up and down."""
 _PREFIXES = {"w1": "w13_", "w3": "w13_", "w2": "w2_"}
+_CALLED = {GATE: "w1", UP: "w3", DOWN: "w2"}
 
 
 class Stacks(nn.Module):
@@ -29,23 +32,38 @@ class Stacks(nn.Module):
 
     Attributes:
         gate_up, down: gate and up interleaved, and down.
+        gate_up_bias, down_bias: [E, rows] likewise and [E, H], or `None`.
     """
+
+    gate_up_bias: torch.Tensor | None
+    down_bias: torch.Tensor | None
 
     def __init__(self, gate_up: Stacked, down: Stacked) -> None:
         """Hold the weights, whose tensors are buffers."""
         super().__init__()
         self.gate_up, self.down = gate_up, down
+        self.hold(None, None)
         for name, weight in (("gate_up", gate_up), ("down", down)):
             for place, one in enumerate(sets_of(weight)):
                 self.register_buffer(f"{name}_{place}_data", one.data, persistent=False)
                 self.register_buffer(f"{name}_{place}_scale", one.scale, persistent=False)
+
+    def hold(self, gate_up_bias: torch.Tensor | None, down_bias: torch.Tensor | None) -> None:
+        """Hold biases in place of those that are held."""
+        for name, bias in (("gate_up_bias", gate_up_bias), ("down_bias", down_bias)):
+            self.register_buffer(name, bias, persistent=False)
 
 
 class TersorExpertsMethod(compat.FusedMoEMethodBase):
     """Waits for the stored weights of a layer's experts, and runs tokens through those that the router chose."""
 
     def __init__(
-        self, moe: Any, stored: Mapping[str, Stored], projections: Sequence[str], activations: Activations
+        self,
+        moe: Any,
+        stored: Mapping[str, Stored],
+        projections: Sequence[str],
+        activations: Activations,
+        stacks: Sequence[Stack] = (),
     ) -> None:
         """Take what is known of the experts.
 
@@ -54,8 +72,10 @@ class TersorExpertsMethod(compat.FusedMoEMethodBase):
             stored: projection -> how that weight of every expert is stored.
             projections: names of gate, up and down.
             activations: what weights are multiplied with.
+            stacks: the tensors of all experts that are handed over as they are, gate and up first, or none.
         """
         super().__init__(moe)
+        self._stacks = tuple(stacks)
         self._stored = {shard: stored[name] for shard, name in zip(_SHARDS, projections, strict=True)}
         self._activations = activations
 
@@ -73,7 +93,8 @@ class TersorExpertsMethod(compat.FusedMoEMethodBase):
         Raises:
             UnsupportedError: experts that kernels do not compute, or ranks that cut them elsewhere than at a quantum.
         """
-        layer.tersor_gate = compat.experts_gate(layer)
+        random, handed = compat.draws_weights(), bool(self._stacks)
+        layer.tersor_gate = compat.experts_gate(layer, random or (handed and all(one.biased for one in self._stacks)))
         inner = intermediate_size_per_partition
         span = compat.expert_columns(layer, inner)
         device, whole = torch.empty(0).device, inner * layer.moe_config.moe_parallel_config.tp_size
@@ -84,9 +105,14 @@ class TersorExpertsMethod(compat.FusedMoEMethodBase):
             {shard: Piece(stored, places[shard]) for shard, stored in self._stored.items()} for _ in range(num_experts)
         ]
         finish = functools.partial(self._finish, layer, params_dtype)
-        arrivals = _Arrivals(experts, finish, compat.draws_weights())
-        layer.tersor_arrivals = arrivals
-        compat.expect(layer, self._tensors(params_dtype), functools.partial(_loader, layer, arrivals))
+        layer.tersor_arrivals = arrivals = _Arrivals(experts, finish, random)
+        loader = functools.partial(_loader, layer, arrivals)
+        if handed:
+            local = functools.partial(compat.local_expert, layer)
+            take = functools.partial(_take, arrivals)
+            layer.tersor_handed = Handed(self._stacks, local, span, take, params_dtype, device)
+            loader = functools.partial(_whole_loader, layer.tersor_handed, self._stacks)
+        compat.expect(layer, self._tensors(params_dtype), loader)
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Check that every weight has arrived.
@@ -94,10 +120,17 @@ class TersorExpertsMethod(compat.FusedMoEMethodBase):
         Raises:
             CheckpointError: one has not; the line names a tensor.
         """
-        arrivals = layer.__dict__.pop("tersor_arrivals", None)
-        if arrivals is not None:
-            arrivals.close()
-            compat.expect_no_more(layer, self._tensors(layer.params_dtype))
+        arrivals, handed = (layer.__dict__.pop(f"tersor_{what}", None) for what in ("arrivals", "handed"))
+        if arrivals is None:
+            return
+        arrivals.close()
+        compat.expect_no_more(layer, self._tensors(layer.params_dtype))
+        if compat.draws_weights():
+            if compat.biased(layer):
+                layer.tersor.hold(*_zeros(layer.tersor, layer.params_dtype))
+        elif handed is not None:
+            raise_missing(handed.missing())
+            layer.tersor.hold(*handed.biases())
 
     def apply(
         self,
@@ -117,7 +150,8 @@ class TersorExpertsMethod(compat.FusedMoEMethodBase):
         held = layer.tersor
         if layer.apply_router_weight_on_input:  # of one expert a token
             x, topk_weights = x * topk_weights.to(x.dtype), torch.ones_like(topk_weights)
-        return ops.experts(x, held.gate_up, held.down, index, topk_weights, gate=layer.tersor_gate)
+        biases = {"gate_up_bias": held.gate_up_bias, "down_bias": held.down_bias}
+        return ops.experts(x, held.gate_up, held.down, index, topk_weights, gate=layer.tersor_gate, **biases)
 
     def get_fused_moe_quant_config(self, layer: Any) -> None:
         """Return nothing: vLLM's own kernels of experts are not used."""
@@ -134,7 +168,13 @@ class TersorExpertsMethod(compat.FusedMoEMethodBase):
         return hidden_size, intermediate_size_per_partition
 
     def _tensors(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
+        """Return name -> dtype of a layer's parameters."""
         found: dict[str, torch.dtype] = {}
+        for stack in self._stacks:
+            names = dict.fromkeys(stack.parts, torch.uint8) or self._stored[_CALLED[stack.projections[0]]].dtypes(dtype)
+            found |= {f"{stack.stem}_{name}": own for name, own in {**names, BIAS: dtype}.items()}
+        if found:
+            return found
         for shard, stored in self._stored.items():
             found |= {_PREFIXES[shard] + name: own for name, own in stored.dtypes(dtype).items()}
         return found
@@ -204,6 +244,25 @@ def _loader(layer: Any, arrivals: _Arrivals, name: str) -> Any:
 
     load.supports_moe_loading = True  # type: ignore[attr-defined]
     return load
+
+
+def _take(arrivals: _Arrivals, expert: int, projection: str, own: str, tensor: torch.Tensor) -> None:
+    arrivals.take(expert, _CALLED[projection], own, tensor)
+
+
+def _whole_loader(handed: Handed, stacks: Sequence[Stack], name: str) -> Any:
+    """Return what vLLM hands a tensor of all experts to."""
+    stack = next(stack for stack in stacks if name.startswith(f"{stack.stem}_"))
+
+    def load(param: Any, loaded_weight: torch.Tensor) -> None:
+        handed.load(stack, name.removeprefix(f"{stack.stem}_"), loaded_weight)
+
+    return load
+
+
+def _zeros(held: Stacks, dtype: torch.dtype) -> list[torch.Tensor]:
+    stacks = (held.gate_up, held.down)
+    return [torch.zeros(*stack.shape[:2], dtype=dtype, device=stack.device) for stack in stacks]
 
 
 def _gate_up(expert: dict[str, Matrix]) -> Matrix:

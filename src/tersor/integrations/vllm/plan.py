@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -33,21 +33,18 @@ from tersor.checkpoint.names import (
     level_stem,
     stored_weights,
 )
+from tersor.checkpoint.released import DecodedTensor, read_released
 from tersor.checkpoint.source import Source
 from tersor.errors import CheckpointError, UnsupportedError
 from tersor.formats import SCALE_DTYPES, Mix, Scheme, Sparse
 from tersor.integrations.transformers.architecture import read_architecture
+from tersor.integrations.vllm.stacks import DOWN, GATE, HANDED_WHOLE, UP, WEIGHT, Stack, check_whole, stack_of
 
-WEIGHT = "weight"
-"""Name of the tensor of a plain weight."""
-GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
-"""What the weights of an expert are called here where one tensor holds them for all experts of a layer."""
 _WORDS = dict.fromkeys((PACKED, VALUES, OUTLIERS), torch.int32)
 _DTYPES = {**_WORDS, ZERO_POINT: torch.uint8, MASK: torch.uint8, LEVEL: torch.uint8}
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.([^.]+)")
 _DOWN = (DOWN, "w2")
 _ROUTERS = ("gate", "router", "shared_expert_gate")
-_STACKED = {"gate_up_proj": (GATE, UP), "input_linear": (GATE, UP), "down_proj": (DOWN,), "output_linear": (DOWN,)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,33 +80,6 @@ class Stored:
 
 
 @dataclass(frozen=True, slots=True)
-class Stack:
-    """One tensor that holds a weight of all experts of a layer, or gate and up of all.
-
-    Attributes:
-        experts: what vLLM calls the layer.
-        projections: of `GATE`, `UP` and `DOWN`, what its rows are.
-        pairs: whether gate and up of a channel are neighbours; else all gates come first.
-        transposed: whether a plain one is [E, IC, OC].
-    """
-
-    experts: str
-    projections: tuple[str, ...]
-    pairs: bool = False
-    transposed: bool = False
-
-    def taken_apart(self, own: str, tensor: torch.Tensor) -> Iterator[tuple[int, str, torch.Tensor]]:
-        """Yield expert, projection and what of a tensor [E, rows, ...] is theirs."""
-        whole = tensor.transpose(1, 2) if self.transposed and own == WEIGHT else tensor
-        for expert, rows in enumerate(whole):
-            parts = [rows]
-            if len(self.projections) > 1:
-                parts = [rows[0::2], rows[1::2]] if self.pairs else list(rows.chunk(2))
-            for projection, part in zip(self.projections, parts, strict=True):
-                yield expert, projection, part
-
-
-@dataclass(frozen=True, slots=True)
 class Plan:
     """How every weight of a model is stored.
 
@@ -132,10 +102,23 @@ class Plan:
 
     def renamed(self, rename: Callable[[str], str | None]) -> Plan:
         """Return the plan with other names: `rename` takes and gives that of a weight; `None` is not in the model."""
-        names = {name: rename(f"{name}.{WEIGHT}") for name in self.stored}
-        called = {name: new.removesuffix(f".{WEIGHT}") for name, new in names.items() if new is not None}
+
+        def new(name: str) -> str | None:
+            found = rename(f"{name}.{WEIGHT}")
+            return None if found is None else found.removesuffix(f".{WEIGHT}")
+
+        stacks = {
+            stem: replace(stack, experts=new(stack.experts) or stack.experts) for stem, stack in self.stacks.items()
+        }
+        called: dict[str, str] = {}
+        for name, one in self.stored.items():
+            if self.architecture in HANDED_WHOLE and one.stem in stacks:  # which names of single experts mislead
+                called[name] = stacks[one.stem].experts + name.removeprefix(self.stacks[one.stem].experts)
+            elif (found := new(name)) is not None:
+                called[name] = found
+        stored = {found: self.stored[name] for name, found in called.items()}
         embeddings = frozenset(called[name] for name in self.embeddings if name in called)
-        return replace(self, stored={new: self.stored[name] for name, new in called.items()}, embeddings=embeddings)
+        return replace(self, stored=stored, embeddings=embeddings, stacks=stacks)
 
     def of_embedding(self, prefix: str) -> Stored | None:
         """Return the weight of an embedding; vLLM calls some of them by no name, which then is the only one."""
@@ -171,6 +154,13 @@ class Plan:
                 return dict(zip(projections, known, strict=True))
         return None
 
+    def handed_whole(self, prefix: str) -> tuple[Stack, ...]:
+        """Return the tensors of all experts that a layer is handed whole, gate and up first; of most models none."""
+        if self.architecture not in HANDED_WHOLE:
+            return ()
+        found = [stack for stack in self.stacks.values() if stack.experts == prefix]
+        return tuple(sorted(found, key=lambda stack: -len(stack.projections)))
+
     def _random(self, names: Sequence[str]) -> list[Stored] | None:
         assert self.everywhere is not None
         if names[0].rpartition(".")[2] in _ROUTERS:
@@ -199,19 +189,27 @@ def of_checkpoint(source: Source, config: QuantizationConfig, *, trust_remote_co
         if linear is not None:
             one = replace(one, channels=linear.shape[-1])
         if module in architecture.stacks:
-            stacks[stem] = _stack(stem, one, architecture.stacks[module])
+            stacks[stem] = stack_of(stem, represented, architecture.stacks[module], source.tensors)
         found[stem] = one
     words = sorted((name, tensor.spec.dtype, tensor.spec.shape) for name, tensor in source.tensors.items())
     return _planned(found, stacks, architecture, source, str(words))
 
 
 def while_loading(source: Source, config: QuantizationConfig, *, trust_remote_code: bool = False) -> Plan:
-    """Return the plan of a plain checkpoint whose weights are packed as they are loaded, as `tersor quantize` would.
+    """Return the plan of a checkpoint whose weights are packed as they are loaded, as `tersor quantize` would.
+
+    Args:
+        source: plain, or with experts in MXFP4 as gpt-oss is released.
+        config: what is asked for.
+        trust_remote_code: whether code of the model may run.
 
     Raises:
         InputError: patterns that find nothing, group sizes that do not divide, a broken checkpoint.
         UnsupportedError: a weight that vLLM's layers cannot hold.
     """
+    released = read_released(source)
+    if released is not None:
+        source.tensors = released.tensors
     architecture = read_architecture(source.directory, trust_remote_code=trust_remote_code)
     conversion = make_conversion(
         source,
@@ -227,17 +225,39 @@ def while_loading(source: Source, config: QuantizationConfig, *, trust_remote_co
     for step in conversion.steps:
         layer = step.layer
         if layer is None or not isinstance(step.scheme, Scheme):
+            if isinstance(step.source, DecodedTensor):
+                raise UnsupportedError(f"{step.source.spec.name} is compressed, and what is left alone has to be plain")
             continue
-        found[layer.stem] = one = Stored(layer.stem, step.scheme, channels=layer.shape[-1])
+        found[layer.stem] = Stored(layer.stem, step.scheme, channels=layer.shape[-1])
         if layer.stacked:
-            stacks[layer.stem] = _stack(layer.stem, one, Linear(layer.shape, layer.transposed, rows=layer.rows))
+            linear = Linear(layer.shape, layer.transposed, rows=layer.rows)
+            parts = step.source.parts if isinstance(step.source, DecodedTensor) else ()
+            stacks[layer.stem] = stack_of(
+                layer.stem, step.scheme, linear, source.tensors, [part.spec.name for part in parts]
+            )
     words = sorted((name, stored.represented.key()) for name, stored in found.items() if stored.represented)
     return _planned(found, stacks, architecture, source, str(words))
 
 
-def without_weights(config: QuantizationConfig) -> Plan:
-    """Return the plan of a model whose weights are random."""
-    return Plan({}, everywhere=config, digest=_digest(str(config.to_dict())))
+def without_weights(directory: Path, config: QuantizationConfig, *, trust_remote_code: bool = False) -> Plan:
+    """Return the plan of a model whose weights are random.
+
+    Args:
+        directory: of its config.json.
+        config: what is asked for.
+        trust_remote_code: whether code of the model may run.
+
+    Raises:
+        UnsupportedError: experts in one tensor for all of a layer that vLLM's layers cannot hold.
+    """
+    architecture = read_architecture(directory, trust_remote_code=trust_remote_code)
+    names, stacks = set(architecture.missing(())), {}
+    for stem, linear in architecture.stacks.items():
+        represented = config.resolve(*architecture.names_of(stem))
+        if represented is not None:
+            stacks[stem] = stack_of(stem, represented, linear, names)
+    digest = _digest(str(config.to_dict()))
+    return Plan({}, stacks=stacks, architecture=architecture.name, everywhere=config, digest=digest)
 
 
 def has_weights(directory: Path) -> bool:
@@ -258,25 +278,11 @@ def _planned(
         represented = found[stem].represented
         if not isinstance(represented, Scheme) or represented.outliers is not None:
             raise UnsupportedError(f"{stem}: the rows of an embedding have one scheme, and keep no outliers")
+    check_whole(stacks)
     for stem, stack in stacks.items():
         one = found.pop(stem)
         found |= {f"{stack.experts}.0.{name}": replace(one, stem=stem) for name in stack.projections}
     return Plan(found, embeddings, stacks, architecture.name, digest=_digest(words))
-
-
-def _stack(stem: str, stored: Stored, linear: Linear) -> Stack:
-    """Return what a tensor of the weights of all experts holds.
-
-    Raises:
-        UnsupportedError: it is no dense weight, or none that is known.
-    """
-    owner, _, last = stem.rpartition(".")
-    if last not in _STACKED or (len(_STACKED[last]) > 1 and linear.rows == "plain"):
-        raise UnsupportedError(f"{stem} is one tensor for all experts of a layer, and no gate and up, or down, of them")
-    if not isinstance(stored.represented, Scheme):
-        raise UnsupportedError(f"{stem} is one tensor for all experts of a layer, and only a dense one runs in vLLM")
-    experts = owner if owner.endswith(".experts") else f"{owner}.experts"
-    return Stack(experts, _STACKED[last], linear.rows == "pairs", linear.transposed)
 
 
 def _stored(stem: str, storage: Storage, represented: Represented, source: Source) -> Stored:
