@@ -1,4 +1,4 @@
-"""Make the tables of docs/claims.md, and that of docs/pruning.md, of results of `bench/quality/run.py`.
+"""Make the tables of docs/claims.md, and those of docs/pruning.md, of results in `bench/results`.
 
     python bench/quality/tables.py
     python bench/quality/tables.py --write
@@ -83,7 +83,8 @@ def tables(book: Book) -> dict[str, str]:
 def pages(folder: Path) -> dict[Path, dict[str, str]]:
     """Return page -> the tables of it, from the results in a folder."""
     book = Book.read(folder)
-    return {PAGE: tables(book), CHOICE_PAGE: {"choice": choice_table(book, choice.read_times(folder))}}
+    chosen = {"choice": choice_table(book, choice.read_times(folder)), "steps": steps_table(folder)}
+    return {PAGE: tables(book), CHOICE_PAGE: chosen}
 
 
 def summary(book: Book) -> str:
@@ -301,8 +302,9 @@ def _kl(row: Mapping[str, Any], error: bool = False) -> str:
 
 
 def _made(found: Sequence[Mapping[str, Any]]) -> str:
-    """Return the seconds that a checkpoint took to make."""
-    return f"{found[0]['seconds']:.0f}"
+    """Return the seconds that a checkpoint took to make, and on what, where that is not the device of the others."""
+    row = found[0]
+    return f"{row['seconds']:.0f}" + (f" ({row['device']})" if "device" in row else "")
 
 
 def _chosen(row: Mapping[str, Any]) -> list[str]:
@@ -331,6 +333,12 @@ def choice_table(book: Book, times: choice.Times) -> str:
     """Return what dense weights and half of them take and lose."""
     heads, cells = choice.cells(times, list(book.models), book.rows)
     return "\n".join(_table(heads, cells))
+
+
+def steps_table(folder: Path) -> str:
+    """Return what decode steps of whole models take, empty where none was timed."""
+    heads, cells = choice.steps(folder)
+    return "\n".join(_table(heads, cells)) if cells else ""
 
 
 def page(text: str, made: Mapping[str, str]) -> str:
