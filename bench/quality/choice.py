@@ -1,8 +1,8 @@
 """What do models with half of their weights take and lose beside dense ones? The tables of docs/pruning.md.
 
 Quality is that of the results of `bench/quality/run.py`. Times are those of one linear, with the weight cold: the best
-tile that was timed of the kernel alone, and in place of it what `tersor bench linear` took, where that was run; and those
-of decode steps of whole models, by `tersor bench latency`.
+tile that was timed of the kernel alone, and in place of it what `tersor bench linear` took, where that was run; and
+those of decode steps of whole models, by `tersor bench latency`.
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ def zeros(weight: torch.Tensor) -> float:
 def test_every_linear_layer_has_its_share_of_zeros_and_loads_through_transformers(
     llama: Path, text: Path, tmp_path: Path, values: str | None
 ) -> None:
-    found = pruned(llama, text, tmp_path / "out", values=values, overrides=["down_proj=0.75", "q_proj=2:4"][:1])
+    found = pruned(llama, text, tmp_path / "out", values=values, overrides=["down_proj=0.75"])
     for name, weight in found.items():
         share = 0.75 if "down_proj" in name else 0.5
         assert zeros(weight) >= share - 1e-3, name
