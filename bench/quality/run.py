@@ -6,8 +6,8 @@
 
 Of every text the first windows are predicted, so many as its number says; of the calibration text as many are taken,
 spread evenly. A text's results are bench/results/quality_NAME_TEXT.json, a JSON of `tersor eval`, written again after
-every recipe. What stands there is not measured again, so that the same command goes on where another was interrupted, or
-on another device: a row that was not measured on the file's says on which.
+every recipe. What stands there is not measured again, so that the same command goes on where another was interrupted,
+on another device too: a row that was not measured on the file's says on which.
 `bench/quality/tables.py` makes the tables of docs/claims.md of them.
 """
 
