@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from helpers import decoders, pruned
 from helpers.sparse_products import E4M3_SUMS, skewed_mask
 
 from tersor import formats, hardware, models, ops
+from tersor.compress import quantize_rtn
 from tersor.compress.prune import Pattern
 from tersor.convert import quantize
 from tersor.formats import Plain, Scheme, get_scheme
@@ -205,6 +207,18 @@ def test_a_token_has_the_same_bits_beside_any_others() -> None:
         whole = ops.linear(x, weight)
         for n in (1, 2, 31, 64, 65, 129):
             assert torch.equal(ops.linear(x[:n], weight), whole[:n])
+
+
+def test_a_model_of_eight_billion_weights_is_rearranged_in_seconds() -> None:
+    kept = torch.rand(8192, 8192, device="cuda") < 0.5
+    weight = SparseWeight.from_encoded(quantize_rtn(torch.randn(8192, 8192, device="cuda"), get_scheme("fp6")), kept)
+    ops.preferred_sparse(weight, torch.float16)  # compiles and allocates what comes first
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    found = ops.preferred_sparse(weight, torch.float16)
+    torch.cuda.synchronize()
+    assert isinstance(found, TiledSparseWeight)
+    assert (time.perf_counter() - started) * 8e9 / kept.numel() < 20
 
 
 def test_a_layer_moves_into_tiles_and_shows_what_is_stored() -> None:

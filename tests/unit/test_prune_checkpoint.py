@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import signal
 import subprocess
@@ -16,14 +17,16 @@ from helpers import calibrated, checkpoints
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
+from tersor import files
 from tersor.cli import main
+from tersor.cli.layers import scheme_words
 from tersor.compress.prune import Pattern
 from tersor.compress.prune.allocate import MOST_APART
 from tersor.convert import prune as job
 from tersor.convert.calibrate import pruning
 from tersor.convert.calibrate.pruning import PruneCoder
 from tersor.convert.calibrate.text import read_windows
-from tersor.errors import InputError, TersorError
+from tersor.errors import InputError, OutputError, TersorError
 
 Told = Mapping[str, torch.Tensor]
 OPTIONS: dict[str, Any] = {"sparsity": 0.5, "calibration_tokens": 96, "calibration_window": 32}
@@ -309,6 +312,58 @@ def test_the_command_says_what_it_stored_and_how_many_units_never_fire(
     assert "2 MLP units never fire on the text and became zero" in shown
     assert main.run(["prune", str(with_dead_units), "-o", str(tmp_path / "out"), *options]) == 2
     assert "exists" in capsys.readouterr().err
+
+
+def test_values_without_a_kernel_are_named_before_the_work_and_again_when_they_are_stored(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["prune", str(llama), "-o", str(tmp_path / "out"), "--algorithm", "magnitude", "--sparsity", "0.5"]
+    why = "pruned weights with scales in groups are not expanded"
+    assert main.run([*command, "--values", "int4:g16"]) == 0
+    said = capsys.readouterr()
+    assert said.err.startswith(f"warning: {why}: every product decodes values in int4:g16:float16 for cuBLAS\n")
+    words = scheme_words("sparse:int4:g16:float16")
+    assert f"every product decodes those in {words} for cuBLAS: {why}" in said.out
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise InputError("the work has started")
+
+    monkeypatch.setattr(job, "prune", refuse)
+    for values, reason in (
+        ("uint4", "zero points"),
+        ("mxfp6_e3m2", "scales in groups"),
+        ("fp32", "values in float32"),
+        ("int4", ""),
+        ("fp6_e3m2", ""),
+        ("bf16", ""),
+    ):
+        assert main.run([*command, "--values", values]) == 2
+        *warnings, end = capsys.readouterr().err.splitlines()
+        assert "the work has started" in end
+        assert [reason in line for line in warnings] == [True] * bool(reason), values
+
+
+def test_a_disk_that_fills_up_is_one_line_and_the_same_bytes_after_resuming(
+    llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {**OPTIONS, "values": "fp6", "algorithm": "wanda", "calibration": text}
+    job.prune(llama, tmp_path / "whole", **options)
+    output, whole, written_blocks = tmp_path / "out", files.write_whole, []
+
+    def full(path: Path, content: Any, **how: Any) -> None:
+        if path.name.startswith("block"):
+            written_blocks.append(path.name)
+            if len(written_blocks) == 2:
+                raise OSError(errno.ENOSPC, "No space left on device")
+        whole(path, content, **how)
+
+    monkeypatch.setattr(files, "write_whole", full)
+    with pytest.raises(OutputError, match=r"no space left while writing .* run again with --resume") as caught:
+        job.prune(llama, output, **options)
+    assert caught.value.exit_status == 1 and "\n" not in str(caught.value) and not output.exists()
+    job.prune(llama, output, **options, resume=True)
+    assert len(written_blocks) == 3, "the first one is kept"
+    assert written(output) == written(tmp_path / "whole")
 
 
 def test_experts_are_refused_unless_they_are_ignored(text: Path, tmp_path: Path) -> None:

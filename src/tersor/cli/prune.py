@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -77,7 +78,12 @@ def command(
 ) -> None:
     """Prune, then print what became of the tensors."""
     from tersor.convert.prune import prune
+    from tersor.convert.zeros import parse_values, unmultiplied
 
+    asked = parse_values(values, group_size, scale_dtype, "float16")
+    why = unmultiplied(asked)
+    if why:
+        print(f"warning: {why}: every product decodes values in {asked.values.key()} for cuBLAS", file=sys.stderr)
     with resumable(output), show_progress(f"{Path(model).name} pruned by {algorithm}") as progress:
         report = prune(
             model,

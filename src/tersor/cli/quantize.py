@@ -281,13 +281,20 @@ def _print_dry_run(report: Report) -> None:
 
 
 def _print_pruned(report: Report) -> None:
-    """Print how much is left of the weights that are stored sparse."""
+    """Print how much is left of the weights that are stored sparse, and which of them no kernel multiplies with."""
+    from tersor.convert.zeros import unmultiplied
+    from tersor.formats import Sparse
+
     found = [row for row in report.rows if row.density is not None]
     if found:
         sizes = [math.prod(row.shape) for row in found]
         left = sum(size * (row.density or 0.0) for size, row in zip(sizes, found, strict=True)) / sum(sizes)
         what = f"{len(found)} pruned weight{'s' * (len(found) > 1)}"
         print(f"{what} stored sparse, of whose elements {100 * left:.1f} % are left")
+        for key in sorted({row.scheme or "" for row in found}):
+            why = unmultiplied(Sparse.from_key(key))
+            if why:
+                print(f"every product decodes those in {scheme_words(key)} for cuBLAS: {why}")
 
 
 def _print_report(report: Report) -> None:

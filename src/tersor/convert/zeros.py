@@ -10,6 +10,7 @@ from tersor.checkpoint.config import check_pattern, finds, parse_scheme
 from tersor.compress.prune import Pattern, get_algorithm
 from tersor.errors import InputError
 from tersor.formats import Plain, Sparse, plain_values
+from tersor.layouts.tiled_sparse import tiles_reason
 
 DEAD_NEURONS = ("report", "drop")
 """What can be done about MLP units that never fire on the calibration text."""
@@ -107,3 +108,12 @@ def parse_values(text: str | None, group_size: int | None, scale_dtype: str | No
     if (group_size, scale_dtype) != (None, None):
         raise InputError("group size and scale dtype are for values with codes, such as --values fp6")
     return Sparse(plain or Plain("float32"))
+
+
+def unmultiplied(sparse: Sparse) -> str:
+    """Return why no kernel multiplies with pruned weights of such values, or an empty string where one does.
+
+    Without one every product decodes slices of the weight for cuBLAS.
+    """
+    own = sparse.values.dtype if isinstance(sparse.values, Plain) else ""
+    return tiles_reason(sparse, own if own in ("float16", "bfloat16") else "float16")
