@@ -7,7 +7,7 @@
 Of every text the first windows are predicted, so many as its number says; of the calibration text as many are taken,
 spread evenly. A text's results are bench/results/quality_NAME_TEXT.json, a JSON of `tersor eval`, written again after
 every recipe. What stands there is not measured again, so that the same command goes on where another was interrupted,
-on another device too: a row that was not measured on the file's says on which.
+on another device too: such rows say on which, and are measured again where the file's own device is there.
 `bench/quality/tables.py` makes the tables of docs/claims.md of them.
 """
 
@@ -74,8 +74,11 @@ class Files:
             self._results[text.name] = found
 
     def lacks(self, recipe: Recipe) -> bool:
-        """Whether a recipe has yet to be measured, on some text or in some way."""
-        known = [{row["label"] for row in result["models"]} for result in self._results.values()]
+        """Whether a recipe has yet to be measured, on some text or in some way, or was elsewhere and may be here."""
+        known = [
+            {row["label"] for row in result["models"] if "device" not in row or result["device"] != self._device}
+            for result in self._results.values()
+        ]
         return any(label not in labels for labels in known for label in recipe.labels)
 
     @property

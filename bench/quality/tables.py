@@ -240,9 +240,12 @@ def _reached(book: Book, target: Target) -> list[str]:
         found = {text: book.row(target.model, text, target.recipe) for text in wanted if text in texts}
         if len(found) < len(wanted) or None in found.values():
             return []
-        values = {text: 1000 * row["kl"] for text, row in found.items() if row is not None}
-        good = all(values[text] <= most for text, most in wanted.items())
+        rows = {text: row for text, row in found.items() if row is not None}
+        values = {text: 1000 * row["kl"] for text, row in rows.items()}
+        beyond = {text: values[text] - most for text, most in wanted.items()}
+        good = all(gap <= 1000 * target.errors * (rows[text].get("kl_error") or 0.0) for text, gap in beyond.items())
         words = " / ".join(f"{most:g}" for most in wanted.values())
+        words += f" and {target.errors:g} standard errors" if target.errors else ""
         said = f"KL x 1000 at most {words} ({', '.join(wanted)})"
         shown = " / ".join(measured(value) for value in values.values())
         return [target.model, target.recipe, said, shown, REACHED if good else "**no**"]

@@ -198,7 +198,7 @@ def test_steps_of_models_are_shown_beside_those_of_16_bits_and_not_at_all_before
 
 
 def test_rows_of_another_device_go_into_a_file_and_say_so(
-    bench: SimpleNamespace, model: Path, text: Path, tmp_path: Path
+    bench: SimpleNamespace, model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert bench.run.main(arguments(model, text, tmp_path, "^int8-row-rtn$")) == 0
     for path in tmp_path.iterdir():
@@ -206,6 +206,7 @@ def test_rows_of_another_device_go_into_a_file_and_say_so(
         facts = {**result["environment"], "gpu": "another"}
         path.write_text(json.dumps({**result, "device": "cuda", "environment": facts}))
     assert bench.run.main(arguments(model, text, tmp_path, "^(int8-row-rtn|int4-row-rtn)$")) == 0
+    capsys.readouterr()
     result = results_of(tmp_path)
     assert [(row["recipe"], row.get("device")) for row in result["models"]] == [
         ("int4-row-rtn", "cpu"),
@@ -214,6 +215,13 @@ def test_rows_of_another_device_go_into_a_file_and_say_so(
     assert (result["device"], result["environment"]["gpu"]) == ("cuda", "another")
     assert bench.tables._made(result["models"][:1]).endswith(" (cpu)")
     assert bench.tables._made(result["models"][1:]).isdigit()
+    again, text_file = arguments(model, text, tmp_path, "^int[48]-row-rtn$"), tmp_path / "quality_small_code.json"
+    assert bench.run.main([*again, "--list"]) == 0 and not capsys.readouterr().out.strip(), (
+        "what is there is not measured again"
+    )
+    text_file.write_text(json.dumps({**result, "device": "cpu"}))
+    assert bench.run.main([*again, "--list"]) == 0
+    assert capsys.readouterr().out.split() == ["int4-row-rtn"], "but on the file's own device what another one measured"
 
 
 def test_a_recipe_that_fails_is_named_and_the_others_go_on(
@@ -334,6 +342,8 @@ def test_a_target_is_a_share_of_what_rounding_loses_or_a_divergence(bench: Simpl
         (target("small", "uint4-g-gptq", 0.50), "47 % | **no**"),
         (target("small", "uint4-g-gptq", kl=(("prose", 12),)), "11.50 | yes"),
         (target("small", "uint4-g-gptq", kl=(("prose", 11),)), "11.50 | **no**"),
+        (target("small", "uint4-g-gptq", kl=(("prose", 11),), errors=2.0), "11.50 | yes"),
+        (target("small", "uint4-g-gptq", kl=(("prose", 9),), errors=2.0), "11.50 | **no**"),
     ):
         assert " | ".join(bench.tables._reached(found, given)).endswith(words)
     assert not bench.tables._reached(found, target("small", "uint4-g-gptq", kl=(("code", 12),)))
