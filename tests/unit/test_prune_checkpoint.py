@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 from helpers import calibrated, checkpoints
-from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from tersor import files
@@ -36,7 +35,6 @@ ALONE: dict[str, Any] = {
     "algorithm": "magnitude",
 }
 """Without a text."""
-DOWN, GATE = "model.layers.0.mlp.down_proj", "model.layers.0.mlp.gate_proj"
 
 
 @pytest.fixture(scope="module")
@@ -150,35 +148,6 @@ def test_shares_are_allocated_by_what_zeros_cost_and_their_mean_is_the_one_asked
     assert max(shares) - min(shares) > 0.02
     assert max(abs(share - 0.5) for share in shares) < MOST_APART + 0.01
     assert all(zeros(found[name]) == pytest.approx(0.75, abs=1e-3) for name in found.keys() - own.keys())
-
-
-@pytest.fixture(scope="module")
-def with_dead_units(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model in whose first MLP units 2 and 5 never fire."""
-    directory = calibrated.model("llama", tmp_path_factory.mktemp("dead") / "model")
-    for path in directory.glob("*.safetensors"):
-        held = checkpoints.load(path)
-        if f"{GATE}.weight" in held:
-            held[f"{GATE}.weight"][[2, 5]] = 0
-            save_file(held, path, {"format": "pt"})
-    return directory
-
-
-def test_units_that_never_fire_are_counted_and_dropped(with_dead_units: Path, text: Path, tmp_path: Path) -> None:
-    for what in ("report", "drop"):
-        report = job.prune(
-            with_dead_units, tmp_path / what, calibration=text, dead_neurons=what, algorithm="magnitude", **OPTIONS
-        )
-        assert report.dead_units is not None
-        assert report.dead_units[DOWN] == 2
-        assert sum(report.dead_units.values()) == 2
-        assert log_of(tmp_path / what)["dead_units"][DOWN] == [2, 5]
-    kept, dropped = weights(tmp_path / "report"), weights(tmp_path / "drop")
-    up = "model.layers.0.mlp.up_proj"
-    assert kept[up][[2, 5]].any()
-    assert not dropped[up][[2, 5]].any()
-    assert not dropped[DOWN][:, [2, 5]].any()
-    assert dropped[up].shape == kept[up].shape
 
 
 def written(output: Path) -> dict[str, Any]:
@@ -299,19 +268,6 @@ def test_without_a_text_an_interrupted_run_goes_on_at_the_weight_it_was_at_with_
     job.prune(llama, tmp_path / "out", resume=True, **options)
     assert len(coded) == len(set(coded)) == 14 + 1
     assert checkpoints.bytes_of(tmp_path / "out") == checkpoints.bytes_of(tmp_path / "whole")
-
-
-def test_the_command_says_what_it_stored_and_how_many_units_never_fire(
-    with_dead_units: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    options = ["--sparsity", "0.5", "--algorithm", "wanda", "--values", "fp6", "--dead-neurons", "drop"]
-    options += ["--calibration", str(text), "--calibration-tokens", "96", "--calibration-window", "32"]
-    assert main.run(["prune", str(with_dead_units), "-o", str(tmp_path / "out"), *options]) == 0
-    shown = capsys.readouterr().out
-    assert "14 pruned weights stored sparse" in shown
-    assert "2 MLP units never fire on the text and became zero" in shown
-    assert main.run(["prune", str(with_dead_units), "-o", str(tmp_path / "out"), *options]) == 2
-    assert "exists" in capsys.readouterr().err
 
 
 def test_values_without_a_kernel_are_named_before_the_work_and_again_when_they_are_stored(
