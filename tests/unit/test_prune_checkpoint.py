@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import gc
+import itertools
 import json
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from tersor.compress.prune.allocate import MOST_APART
 from tersor.convert import prune as job
 from tersor.convert.calibrate import pruning
 from tersor.convert.calibrate.pruning import PruneCoder
+from tersor.convert.calibrate.store import Store
 from tersor.convert.calibrate.text import read_windows
 from tersor.errors import InputError, OutputError, TersorError
 
@@ -320,6 +323,35 @@ def test_a_disk_that_fills_up_is_one_line_and_the_same_bytes_after_resuming(
     job.prune(llama, output, **options, resume=True)
     assert len(written_blocks) == 3, "the first one is kept"
     assert written(output) == written(tmp_path / "whole")
+
+
+def held_bytes() -> int:
+    """Return the bytes of all tensors in memory, each storage once."""
+    found = [one for one in gc.get_objects() if issubclass(type(one), torch.Tensor) and one.device.type == "cpu"]
+    return sum({one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in found}.values())
+
+
+@pytest.mark.parametrize("alone", [False, True], ids=["with a text", "without"])
+def test_memory_does_not_grow_with_the_number_of_blocks(
+    alone: bool, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is in memory as the last block, or the last weight, is finished."""
+    finish, held = Store.finish, dict[int, int]()
+    for layers in (2, 6):
+        model = calibrated.model("llama", tmp_path / f"model{layers}", num_hidden_layers=layers)
+        before, calls = held_bytes(), itertools.count(1)
+
+        def noting(self: Store, *given: Any, layers: int = layers, calls: Iterator[int] = calls) -> None:
+            if next(calls) == layers * (7 if alone else 1):
+                held[layers] = held_bytes()
+            finish(self, *given)
+
+        monkeypatch.setattr(Store, "finish", noting)
+        options = ALONE if alone else {**OPTIONS, "algorithm": "wanda", "update": False, "calibration": text}
+        job.prune(model, tmp_path / f"out{layers}", values="fp6", **options)
+        held[layers] -= before
+    block = sum(one.numel() * 4 for name, one in checkpoints.weights(model).items() if "layers.0." in name)
+    assert 0 < held[6] < held[2] + block
 
 
 def test_experts_are_refused_unless_they_are_ignored(text: Path, tmp_path: Path) -> None:
