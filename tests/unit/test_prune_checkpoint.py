@@ -6,6 +6,7 @@ import errno
 import gc
 import itertools
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import calibrated, checkpoints
+from helpers import calibrated, checkpoints, packed_models
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from tersor import files
@@ -28,7 +30,9 @@ from tersor.convert.calibrate import pruning
 from tersor.convert.calibrate.pruning import PruneCoder
 from tersor.convert.calibrate.store import Store
 from tersor.convert.calibrate.text import read_windows
-from tersor.errors import InputError, OutputError, TersorError
+from tersor.errors import FormatError, InputError, OutputError, TersorError
+from tersor.formats import Plain, Sparse
+from tersor.layouts import SparseWeight
 
 Told = Mapping[str, torch.Tensor]
 OPTIONS: dict[str, Any] = {"sparsity": 0.5, "calibration_tokens": 96, "calibration_window": 32}
@@ -38,6 +42,7 @@ ALONE: dict[str, Any] = {
     "algorithm": "magnitude",
 }
 """Without a text."""
+PARTS = ("mask", "values")
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +80,7 @@ def zeros(weight: torch.Tensor) -> float:
     return float((weight == 0).double().mean())
 
 
-@pytest.mark.parametrize("values", [None, "fp6", "int4:g16"])
+@pytest.mark.parametrize("values", [None, "fp16", "bf16", "fp6", "int4:g16"])
 def test_every_linear_layer_has_its_share_of_zeros_and_loads_through_transformers(
     llama: Path, text: Path, tmp_path: Path, values: str | None
 ) -> None:
@@ -201,7 +206,6 @@ prune({str(llama)!r}, {str(output)!r}, calibration={str(text)!r}, **{options!r})
         ({"pattern": "3:7", "sparsity": None}, "pattern 3:7 does not divide the 96 input channels of model"),
         ({"algorithm": "wand"}, "unknown algorithm 'wand', did you mean 'wanda'"),
         ({"values": "fp66"}, "values 'fp66': unknown"),
-        ({"values": "bf16"}, "ask for float32, not bfloat16"),
         ({"group_size": 16}, "group size and scale dtype are for values with codes"),
         ({"values": "int4:g24"}, "group size 24 does not divide"),
         ({"sparsity": 0.01}, "sparsity 0.01 makes no weight smaller whose values are float32"),
@@ -300,6 +304,26 @@ def test_values_without_a_kernel_are_named_before_the_work_and_again_when_they_a
         *warnings, end = capsys.readouterr().err.splitlines()
         assert "the work has started" in end
         assert [reason in line for line in warnings] == [True] * bool(reason), values
+
+
+def test_plain_values_are_of_the_dtype_asked_for_and_weights_that_stay_dense_of_their_own(
+    llama: Path, tmp_path: Path
+) -> None:
+    job.prune(llama, tmp_path / "out", values="fp16", overrides=["q_proj=0.02"], **ALONE)
+    before, after = checkpoints.weights(llama), packed_models.tensors(tmp_path / "out")
+    dense = after["model.layers.0.self_attn.q_proj.weight"]
+    assert dense.dtype == torch.float32 and zeros(dense) == pytest.approx(0.02, abs=1e-3)
+    name = "model.layers.0.mlp.up_proj"
+    sparse = SparseWeight.from_stored(
+        Sparse(Plain("float16")), before[f"{name}.weight"].shape, *(after[f"{name}.weight_{part}"] for part in PARTS)
+    )
+    kept = sparse.dequantize(torch.float32) != 0
+    assert torch.equal(sparse.dequantize(torch.float16)[kept], before[f"{name}.weight"].half()[kept])
+    held = {**before, f"{name}.weight": before[f"{name}.weight"] * 1e6}
+    shutil.copytree(llama, tmp_path / "large")
+    save_file(held, tmp_path / "large" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(FormatError, match=r"up_proj.weight': has numbers up to .*, which float16 cannot be"):
+        job.prune(tmp_path / "large", tmp_path / "no", values="fp16", **ALONE)
 
 
 def test_a_disk_that_fills_up_is_one_line_and_the_same_bytes_after_resuming(
