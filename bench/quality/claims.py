@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import pairwise
 
-from recipes import TRANSFORMED, VALUES
+from recipes import BESIDE, TRANSFORMED, VALUES
 
 MODELS = {"small": "a model of 27.8 M parameters", "smollm2": "SmolLM2-135M-Instruct"}
 """Name in results -> what the model is, in the order of the tables."""
@@ -171,6 +171,16 @@ CLAIMS = {
             Nearer(f"{_HALF}-fp6_e2m3", _HALF, slack=0.03),
             Nearer(_HALF, _GPTQ8),
             Nearer(f"{_HALF}-fp6_e2m3", "int4-g-gptq"),
+        ),
+    ),
+    "few": Claim(
+        (
+            *(name for base in BESIDE if base != "lut3-row-gptq" for name in (base, f"{base}-outliers")),
+            *("lut3-row-rtn", "lut3-row-gptq", "lut3-row-gptq-outliers"),
+        ),
+        (
+            *(Nearer(f"{base}-outliers", base) for base in BESIDE),
+            Nearer("lut3-row-gptq", "uint3-g-gptq"),
         ),
     ),
 }

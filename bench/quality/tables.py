@@ -41,6 +41,7 @@ ANCHORS = {
     "eight": "eight-bit-activations-and-keys-and-values-in-e4m3",
     "transforms": "transforms-rotation-awq-norm-tweaking",
     "pruned": "half-of-the-weights-zero",
+    "few": "outliers-and-tables",
     "targets": "targets",
 }
 """Claim -> its heading on the page."""
