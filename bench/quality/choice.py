@@ -1,7 +1,8 @@
-"""What does a linear with half of its weights take and lose beside dense ones? The table of docs/pruning.md.
+"""What do models with half of their weights take and lose beside dense ones? The tables of docs/pruning.md.
 
 Quality is that of the results of `bench/quality/run.py`. Times are those of one linear, with the weight cold: the best
-tile of `bench/sparse.py tiles`, and in place of it what `tersor bench linear` took, where that was run.
+tile that was timed of the kernel alone, and in place of it what `tersor bench linear` took, where that was run; and
+those of decode steps of whole models, by `tersor bench latency`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,10 @@ from tersor.report.words import measured
 OC, IC, TOKENS, SPARSITY = 28672, 7168, 16, 0.5
 """The linear that is timed."""
 CUBLAS = "cublas"
+TILES, STEPS = "sparse_even_h200.json", "latency_h200_sparse.json"
+"""Results of tiles of the kernel, and of decode steps."""
+SIXTEEN = "16bit"
+"""What weights of 16 bits are called in results of steps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +44,7 @@ CHOICES = (
     Choice("all, `fp6_e2m3`", "fp6_e2m3-row-gptq", ("fp6_e2m3",)),
     Choice("all, `int4` in groups", "int4-g-gptq", ("int4:g128",)),
     Choice("half, 16 bits", "admm-50", ("float16:s50",)),
-    Choice("half, `fp8_e4m3`", "admm-50-fp8_e4m3", ("fp8_e4m3:s50",)),
+    Choice("half, `fp8_e4m3`", "admm-50-fp8_e4m3", ("fp8_e4m3:s50", "fp8_e4m3:448:s50")),
     Choice("half, `fp6_e2m3`", "admm-50-fp6_e2m3", ("fp6_e2m3:s50", "fp6_e3m2:s50")),
     Choice("half, `int4`", "admm-50-int4", ("int4:s50",)),
 )
@@ -68,13 +73,12 @@ Times: TypeAlias = Mapping[str, Timed]
 def read_times(folder: Path) -> Times:
     """Return what was timed of the linear, by the results in a folder."""
     found: dict[str, Timed] = {}
-    tiles = json.loads((folder / "sparse_tiles_h200.json").read_text(encoding="utf-8"))["cells"]
-    for cell in tiles:
-        here = (cell["oc"], cell["ic"], cell["n"], cell["sparsity"]) == (OC, IC, TOKENS, SPARSITY)
-        name = f"{cell['values']}:s{100 * SPARSITY:g}"
-        if here and (name not in found or cell["us"] < found[name].microseconds):
-            found[name] = Timed(cell["us"], cell["cublas"], cell["bytes"])
-    found[CUBLAS] = Timed(tiles[0]["cublas"], tiles[0]["cublas"], 2 * OC * IC)
+    for row in json.loads((folder / TILES).read_text(encoding="utf-8"))["rows"]:
+        here = (row["tokens"], row["sparsity"], row["activations"]) == (TOKENS, SPARSITY, "16bit")
+        name = f"{row['values']}:s{100 * SPARSITY:g}"
+        if here and (name not in found or row["microseconds"] < found[name].microseconds):
+            found[name] = Timed(row["microseconds"], row["cublas"], round(row["bits"] * OC * IC / 8))
+            found[CUBLAS] = Timed(row["cublas"], row["cublas"], 2 * OC * IC)
     for path in sorted(folder.glob("linear_h200*.json")):
         rows = [row for row in json.loads(path.read_text(encoding="utf-8"))["rows"] if _is_here(row)]
         own = {row["kernel"]: row for row in rows if row["chain"] == "pdl" or row["kernel"] == CUBLAS}
@@ -123,6 +127,42 @@ def _time(choice: Choice, times: Times) -> list[str]:
     if name is None:
         return ["-", "-", "-"]
     timed = times[name]
-    other = "" if name == choice.kernels[0] else f" (`{name.partition(':')[0]}`)"
+    other = "" if name == choice.kernels[0] else f" (`{name.rpartition(':')[0]}`)"
     bits, ratio = 8 * timed.nbytes / (OC * IC), timed.cublas / timed.microseconds
     return [f"{bits:.1f}{other}", f"{timed.microseconds:.1f}", f"{ratio:.2f}"]
+
+
+def steps(folder: Path) -> tuple[list[str], list[list[str]]]:
+    """Return headings and cells of a table of decode steps: milliseconds, and by how much those of 16 bits are longer.
+
+    There are none where nothing was timed.
+    """
+    path = folder / STEPS
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+    batches = sorted({row["batch"] for row in rows})
+    heads = ["model", "tokens before", "weights", "GB read", *(f"{n} rows: ms" for n in batches)]
+    cells = []
+    for name, context in dict.fromkeys((row["name"], row["context"]) for row in rows):
+        own = [row for row in rows if (row["name"], row["context"]) == (name, context)]
+        plain = {row["batch"]: row["milliseconds"] for row in own if row["format"] == SIXTEEN}
+        for form in dict.fromkeys(row["format"] for row in own):
+            found = {row["batch"]: row for row in own if row["format"] == form}
+            size = next(iter(found.values()))["weight_bytes"]
+            took = [_step(found.get(n), plain.get(n)) for n in batches]
+            cells.append([name, str(context), _weights(form), f"{size / 1e9:.2f}", *took])
+    return heads, cells
+
+
+def _step(row: Mapping[str, Any] | None, plain: float | None) -> str:
+    """Return the milliseconds of a step, and how many times those of 16 bits are as long."""
+    if row is None:
+        return "-"
+    took = row["milliseconds"]
+    return f"{took:.2f}" + ("" if plain is None or row["format"] == SIXTEEN else f" ({plain / took:.2f} times)")
+
+
+def _weights(form: str) -> str:
+    """Return what weights are called whose format and zeros are written as in results."""
+    name, _, zeros = form.partition(":s")
+    shown = "16 bits" if name == SIXTEEN else f"`{name}`"
+    return f"{zeros} % zero, {shown}" if zeros else f"all, {shown}"

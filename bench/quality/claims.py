@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import pairwise
 
-from recipes import TRANSFORMED, VALUES
+from recipes import BESIDE, TRANSFORMED, VALUES
 
 MODELS = {"small": "a model of 27.8 M parameters", "smollm2": "SmolLM2-135M-Instruct"}
 """Name in results -> what the model is, in the order of the tables."""
@@ -68,6 +68,7 @@ class Target:
         recipe: its label.
         share: of the KL of `nearest` that it is to remove, on every text or, where `text` says so, on one.
         kl: KL x 1000 that it is to have at most, by text.
+        errors: standard errors of what is measured by which it may exceed that.
         text: the one text that counts; empty for all.
     """
 
@@ -75,6 +76,7 @@ class Target:
     recipe: str
     share: float | None = None
     kl: tuple[tuple[str, float], ...] = ()
+    errors: float = 0.0
     text: str = ""
 
     @property
@@ -171,6 +173,16 @@ CLAIMS = {
             Nearer(f"{_HALF}-fp6_e2m3", "int4-g-gptq"),
         ),
     ),
+    "few": Claim(
+        (
+            *(name for base in BESIDE if base != "lut3-row-gptq" for name in (base, f"{base}-outliers")),
+            *("lut3-row-rtn", "lut3-row-gptq", "lut3-row-gptq-outliers"),
+        ),
+        (
+            *(Nearer(f"{base}-outliers", base) for base in BESIDE),
+            Nearer("lut3-row-gptq", "uint3-g-gptq"),
+        ),
+    ),
 }
 """Claim -> its table, in the order of the page."""
 
@@ -195,6 +207,8 @@ TARGETS = (
     Target("small", "mix-5.0-gptq", kl=_both(3.2, 4.6)),
     Target("small", "mix-4.5-gptq-high", kl=_both(5.4, 7.2)),
     Target("small", "mix-5.0-gptq-high", kl=_both(2.6, 3.5)),
+    Target("small", "sparsegpt-50", kl=_both(126, 169), errors=2.0),
+    Target("small", _HALF, kl=_both(86, 120), errors=2.0),
     Target("smollm2", "uint4-g-gptq", 0.70, text="prose"),
     Target("smollm2", "uint4-g-gptq", kl=(("prose", 113),)),
     Target("smollm2", f"{_FP5}-gptq", 0.58, text="prose"),

@@ -6,7 +6,8 @@
 
 Of every text the first windows are predicted, so many as its number says; of the calibration text as many are taken,
 spread evenly. A text's results are bench/results/quality_NAME_TEXT.json, a JSON of `tersor eval`, written again after
-every recipe. What stands there is not measured again, so that the same command goes on where another was interrupted.
+every recipe. What stands there is not measured again, so that the same command goes on where another was interrupted,
+on another device too: such rows say on which, and are measured again where the file's own device is there.
 `bench/quality/tables.py` makes the tables of docs/claims.md of them.
 """
 
@@ -35,6 +36,9 @@ from tersor.hardware import resolve_device
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 
+_OWN = ("environment", "device")
+"""What may be another's in a file that goes on: its rows are of one setting all the same."""
+
 Rows = list[tuple[str, dict[str, Any]]]
 """(text, what was measured there)."""
 
@@ -53,24 +57,28 @@ class Files:
             setting: the model's.
 
         Raises:
-            SystemExit: a file was made with another setting.
+            SystemExit: a file was made with another setting, other than its device.
         """
         self._paths = {text.name: folder / f"quality_{setting.name}_{text.name}.json" for text in setting.texts}
-        self._results = {}
+        self._results: dict[str, dict[str, Any]] = {}
+        self._device = setting.device.partition(":")[0]
         labels = (label for recipe in recipes(setting.group) for label in recipe.labels)
         self._order = {label: place for place, label in enumerate(labels)}
         for text in setting.texts:
             facts = _facts(setting, text)
             path = self._paths[text.name]
             found = json.loads(path.read_text()) if path.exists() else {**facts, "models": [], "skipped": []}
-            other = [key for key, value in facts.items() if key != "environment" and found.get(key) != value]
+            other = [key for key, value in facts.items() if key not in _OWN and found.get(key) != value]
             if other:
                 raise SystemExit(f"{path}: {other[0]} is {found.get(other[0])!r} there: move the file away")
             self._results[text.name] = found
 
     def lacks(self, recipe: Recipe) -> bool:
-        """Whether a recipe has yet to be measured, on some text or in some way."""
-        known = [{row["label"] for row in result["models"]} for result in self._results.values()]
+        """Whether a recipe has yet to be measured, on some text or in some way, or was elsewhere and may be here."""
+        known = [
+            {row["label"] for row in result["models"] if "device" not in row or result["device"] != self._device}
+            for result in self._results.values()
+        ]
         return any(label not in labels for labels in known for label in recipe.labels)
 
     @property
@@ -87,7 +95,9 @@ class Files:
     def add(self, recipe: Recipe, rows: Rows, why: str = "") -> None:
         """Keep what was measured of a recipe, or why it was not."""
         for name, result in self._results.items():
-            models = {row["label"]: row for row in result["models"]} | {r["label"]: r for n, r in rows if n == name}
+            elsewhere = {} if result["device"] == self._device else {"device": self._device}
+            new = {row["label"]: {**row, **elsewhere} for text, row in rows if text == name}
+            models = {row["label"]: row for row in result["models"]} | new
             result["models"] = sorted(models.values(), key=self._place)
             left = [one for one in result["skipped"] if one["recipe"] != recipe.name]
             result["skipped"] = [*left, {"recipe": recipe.name, "why": why}] if why else left
@@ -98,7 +108,9 @@ class Files:
 
     def _write(self) -> None:
         for name, path in self._paths.items():
-            report.write(path, report.text({**self._results[name], "environment": report.environment()}))
+            result = self._results[name]
+            ours = {"environment": report.environment()} if result["device"] == self._device else {}
+            report.write(path, report.text({**result, **ours}))
 
 
 def _facts(setting: Setting, text: Text) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Make the tables of docs/claims.md, and that of docs/pruning.md, of results of `bench/quality/run.py`.
+"""Make the tables of docs/claims.md, and those of docs/pruning.md, of results in `bench/results`.
 
     python bench/quality/tables.py
     python bench/quality/tables.py --write
@@ -41,6 +41,7 @@ ANCHORS = {
     "eight": "eight-bit-activations-and-keys-and-values-in-e4m3",
     "transforms": "transforms-rotation-awq-norm-tweaking",
     "pruned": "half-of-the-weights-zero",
+    "few": "outliers-and-tables",
     "targets": "targets",
 }
 """Claim -> its heading on the page."""
@@ -83,7 +84,8 @@ def tables(book: Book) -> dict[str, str]:
 def pages(folder: Path) -> dict[Path, dict[str, str]]:
     """Return page -> the tables of it, from the results in a folder."""
     book = Book.read(folder)
-    return {PAGE: tables(book), CHOICE_PAGE: {"choice": choice_table(book, choice.read_times(folder))}}
+    chosen = {"choice": choice_table(book, choice.read_times(folder)), "steps": steps_table(folder)}
+    return {PAGE: tables(book), CHOICE_PAGE: chosen}
 
 
 def summary(book: Book) -> str:
@@ -239,9 +241,12 @@ def _reached(book: Book, target: Target) -> list[str]:
         found = {text: book.row(target.model, text, target.recipe) for text in wanted if text in texts}
         if len(found) < len(wanted) or None in found.values():
             return []
-        values = {text: 1000 * row["kl"] for text, row in found.items() if row is not None}
-        good = all(values[text] <= most for text, most in wanted.items())
+        rows = {text: row for text, row in found.items() if row is not None}
+        values = {text: 1000 * row["kl"] for text, row in rows.items()}
+        beyond = {text: values[text] - most for text, most in wanted.items()}
+        good = all(gap <= 1000 * target.errors * (rows[text].get("kl_error") or 0.0) for text, gap in beyond.items())
         words = " / ".join(f"{most:g}" for most in wanted.values())
+        words += f" and {target.errors:g} standard errors" if target.errors else ""
         said = f"KL x 1000 at most {words} ({', '.join(wanted)})"
         shown = " / ".join(measured(value) for value in values.values())
         return [target.model, target.recipe, said, shown, REACHED if good else "**no**"]
@@ -301,8 +306,9 @@ def _kl(row: Mapping[str, Any], error: bool = False) -> str:
 
 
 def _made(found: Sequence[Mapping[str, Any]]) -> str:
-    """Return the seconds that a checkpoint took to make."""
-    return f"{found[0]['seconds']:.0f}"
+    """Return the seconds that a checkpoint took to make, and on what, where that is not the device of the others."""
+    row = found[0]
+    return f"{row['seconds']:.0f}" + (f" ({row['device']})" if "device" in row else "")
 
 
 def _chosen(row: Mapping[str, Any]) -> list[str]:
@@ -331,6 +337,12 @@ def choice_table(book: Book, times: choice.Times) -> str:
     """Return what dense weights and half of them take and lose."""
     heads, cells = choice.cells(times, list(book.models), book.rows)
     return "\n".join(_table(heads, cells))
+
+
+def steps_table(folder: Path) -> str:
+    """Return what decode steps of whole models take, empty where none was timed."""
+    heads, cells = choice.steps(folder)
+    return "\n".join(_table(heads, cells)) if cells else ""
 
 
 def page(text: str, made: Mapping[str, str]) -> str:

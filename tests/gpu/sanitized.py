@@ -12,7 +12,7 @@ from helpers.sharing import share
 
 from tersor import formats, hardware, ops
 from tersor.compress import quantize_rtn
-from tersor.formats import Activations
+from tersor.formats import Activations, Plain
 from tersor.kernels import deciding, dense
 from tersor.kernels.tune import MOST_NORMED, experts_sm80, sm80, sm90
 from tersor.kernels.tune import experts as tune
@@ -20,6 +20,7 @@ from tersor.kernels.tune import mixed as tune_mixed
 from tersor.kernels.tune import sparse as tune_sparse
 from tersor.layouts import MixedWeight, PackedWeight, SparseWeight, StackedWeight, TiledSparseWeight
 from tersor.layouts.packing import scales_in_block, target_of
+from tersor.layouts.sparse_packing import FP8
 from tersor.ops import grouped, heads, mixed_launch, routing
 from tersor.ops.attention_form import Rows
 
@@ -44,13 +45,20 @@ def linears() -> None:
 
 
 def mixes() -> None:
-    """Run the products of mixed weights, where one launch has all their row sets, and of pruned ones."""
+    """Run the products of mixed weights, where one launch has all their row sets."""
     if hardware.of_device(0).capability == (9, 0):
         mixed(("fp4_e2m1", None), ("uint3", 32), ("int8", None))
         mixed(("uint4", 128), ("int8", None), activations=Activations.INT8)
         mixed(("uint4", 128), ("int8", None), activations=Activations.INT8_GROUPS)
-        pruned("fp6_e3m2", torch.float16)
-        pruned("int8", torch.bfloat16)
+
+
+def zeros() -> None:
+    """Run the products of pruned weights, with activations of 16 and of 8 bits."""
+    if hardware.of_device(0).capability == (9, 0):
+        pruned(formats.get_scheme("fp6_e3m2"), torch.float16)
+        pruned(formats.get_scheme("int8"), torch.bfloat16)
+        pruned(Plain("float16"), torch.float16)
+        pruned(formats.get_scheme("fp6_e2m3"), torch.bfloat16, FP8)
 
 
 def mixtures() -> None:
@@ -71,20 +79,28 @@ def others() -> None:
     attend()
 
 
-def pruned(name: str, dtype: torch.dtype) -> None:
-    """Multiply with a pruned weight through every tile, its runs in one item and in several, and decode it."""
+def pruned(values: formats.Scheme | Plain, dtype: torch.dtype, target: str = "") -> None:
+    """Multiply with a pruned weight through every tile, by CTAs that take whole tiles or have parts, and decode it.
+
+    `target` is what activations are multiplied as, where that is not how they come.
+    """
     chip, plain = hardware.of_device(0), torch.randn(300, 1400, device="cuda")
     kept = torch.rand(300, 1400, device="cuda") < 0.4
     kept[3], kept[:, 200], kept[128:192] = True, True, False
-    stored = SparseWeight.from_encoded(quantize_rtn(plain, formats.get_scheme(name)), kept)
-    weight = TiledSparseWeight.of(stored, str(dtype).removeprefix("torch."), 2)
+    stored = (
+        SparseWeight.from_plain(plain.to(dtype), kept)
+        if isinstance(values, Plain)
+        else SparseWeight.from_encoded(quantize_rtn(plain, values), kept)
+    )
+    weight = TiledSparseWeight.of(stored, target or str(dtype).removeprefix("torch."), 2)
     for tokens in tune_sparse.TOKENS:
         x = torch.randn(tokens + 5 if tokens >= 64 else tokens - 3, 1400, dtype=dtype, device="cuda")
-        for tile in tune_sparse.tiles(tokens, weight.packing.bits, chip):
-            for splits in (1, 2):
-                with ops.using(sparse=tune_sparse.config(tile, 300, 2, chip, len(x), splits)):
+        for tile in tune_sparse.tiles(tokens, weight.packing.bits, chip, bytewise=weight.packing.bytewise):
+            for places in (0, 2):
+                with ops.using(sparse=tune_sparse.config(tile, 300, places, chip, len(x))):
                     ops.linear(x, weight)
-    ops.linear(torch.randn(5, 1400, dtype=dtype, device="cuda", requires_grad=True), weight).sum().backward()
+    if not target:
+        ops.linear(torch.randn(5, 1400, dtype=dtype, device="cuda", requires_grad=True), weight).sum().backward()
 
 
 def attend() -> None:
@@ -261,7 +277,7 @@ def run(
                     ops.linear(x, weight)
 
 
-PARTS = {"linears": linears, "mixes": mixes, "mixtures": mixtures, "others": others}
+PARTS = {"linears": linears, "mixes": mixes, "zeros": zeros, "mixtures": mixtures, "others": others}
 
 if __name__ == "__main__":
     main()

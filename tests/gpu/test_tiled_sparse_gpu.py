@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ from helpers import decoders, pruned
 from helpers.sparse_products import E4M3_SUMS, skewed_mask
 
 from tersor import formats, hardware, models, ops
+from tersor.compress import quantize_rtn
+from tersor.compress.prune import Pattern
 from tersor.convert import quantize
 from tersor.formats import Plain, Scheme, get_scheme
 from tersor.kernels.tune import sparse as tune
@@ -23,7 +26,7 @@ pytestmark = pytest.mark.skipif(
 )
 CUDA = torch.device("cuda")
 FORMATS = ("fp6_e3m2", "fp6_e2m3", "fp8_e4m3", "int8", "int4", "fp4_e2m1")
-TOKENS = (1, 2, 3, 4, 8, 9, 16, 17, 32, 33, 64, 65, 100, 128, 129, 200, 300)
+TOKENS = (1, 2, 3, 4, 7, 8, 9, 16, 17, 32, 33, 64, 65, 100, 128, 129, 200, 300)
 
 
 def made(
@@ -67,18 +70,42 @@ def test_every_density_is_within_tolerance(dtype: torch.dtype, values: str, dens
         check(ops.linear(x, weight, bias, residual=residual), exact, x, decoded)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("n", TOKENS)
 def test_every_number_of_tokens_is_within_tolerance(
-    n: int, launched: list[str], monkeypatch: pytest.MonkeyPatch
+    n: int, dtype: torch.dtype, launched: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A dense row, column, unit and block of channels, and nothing at all beside them, by the fused kernel."""
     monkeypatch.setattr(tune, "fused", lambda problem, chip: True)
-    weight, decoded = made(skewed_mask(704, 3000), "fp6_e3m2", torch.float16)
-    x, residual = rows(n, 3000, dtype=torch.float16), rows(n, 704, dtype=torch.float16, seed=1)
+    weight, decoded = made(skewed_mask(704, 3000), "fp6_e3m2", dtype)
+    x, residual = rows(n, 3000, dtype=dtype), rows(n, 704, dtype=dtype, seed=1)
     y = ops.linear(x, weight, residual=residual)
     check(y, x.double() @ decoded.T + residual.double(), x, decoded)
     assert any("tersor_sparse_sm90" in name for name in launched)
     assert torch.equal(ops.linear(x, weight, residual=residual), y)
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "decoded"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("algorithm", "pattern"), pruned.CHOICES)
+def test_what_pruning_leaves_of_a_layer_is_within_tolerance(
+    algorithm: str,
+    pattern: Pattern,
+    dtype: torch.dtype,
+    fused: bool,
+    launched: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Masks and codes as an algorithm chose them: some rows and columns are nearly whole, others nearly empty."""
+    monkeypatch.setattr(tune, "fused", lambda problem, chip: fused)
+    stored, exact = pruned.chosen(704, 1000, algorithm, pattern, get_scheme("fp6_e2m3"))
+    weight, decoded = ops.preferred_sparse(stored.to(CUDA), dtype), exact.double().cuda()
+    assert isinstance(weight, TiledSparseWeight) and torch.equal(weight.dequantize(torch.float64), decoded)
+    wanted = decoded if fused else decoded.to(dtype).double()
+    for n in (1, 16, 64, 100):
+        x = rows(n, 1000, dtype=dtype)
+        check(ops.linear(x, weight), x.double() @ wanted.T, x, wanted)
+    assert any(("tersor_sparse_sm90" if fused else "tersor_decompress") in name for name in launched)
 
 
 @pytest.mark.parametrize("shape", [(1, 8), (64, 128), (65, 136), (200, 264), (130, 5001), (3, 7), (1000, 33)])
@@ -150,14 +177,27 @@ def test_activations_in_e4m3_are_multiplied_for_any_number_of_tokens(dtype: torc
     assert any("float8_e4m3fn" in name for name in launched)
 
 
-def test_what_is_not_finite_reaches_every_output_and_no_other_token() -> None:
-    weight, decoded = made(pruned.kept(128, 512, 0.5), "fp6_e3m2", torch.float16)
-    x = rows(8, 512, dtype=torch.float16)
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "decoded"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("n", [8, 100])
+def test_what_is_not_finite_reaches_every_output_and_no_other_token(
+    n: int, dtype: torch.dtype, fused: bool, launched: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A NaN or an infinity meets the zero that a pruned weight is, also where a row is all zeros; -0.0 is a zero."""
+    monkeypatch.setattr(tune, "fused", lambda problem, chip: fused)
+    kept = pruned.kept(128, 512, 0.5)
+    kept[9], kept[:, 100], kept[:, 7] = False, False, False
+    weight, decoded = made(kept, "fp6_e3m2", dtype)
+    x = rows(n, 512, dtype=dtype)
+    x[6, 300] = 0
     clean = ops.linear(x, weight)
-    x[2, 100], x[5, 7], x[6, 300] = float("nan"), float("inf"), -0.0
+    x[2, 100], x[4, 7], x[5, 7], x[6, 300] = float("nan"), -float("inf"), float("inf"), -0.0
     y, wanted = ops.linear(x, weight), x.double() @ decoded.T
-    assert torch.equal(y.isnan(), wanted.isnan()) and bool(y[2].isnan().all())
-    assert torch.equal(y[[0, 1, 3, 4, 7]], clean[[0, 1, 3, 4, 7]]) and bool(y[6].isfinite().all())
+    assert torch.equal(y.isnan(), wanted.isnan()) and bool(y[[2, 4, 5]].isnan().all())
+    others = [token for token in range(n) if token not in (2, 4, 5)]
+    assert torch.equal(y[others], clean[others]) and bool(y[others].isfinite().all())
+    assert not bool(y[others, 9].any())
+    assert any(("tersor_sparse_sm90" if fused else "tersor_decompress") in name for name in launched)
 
 
 def test_a_token_has_the_same_bits_beside_any_others() -> None:
@@ -167,6 +207,18 @@ def test_a_token_has_the_same_bits_beside_any_others() -> None:
         whole = ops.linear(x, weight)
         for n in (1, 2, 31, 64, 65, 129):
             assert torch.equal(ops.linear(x[:n], weight), whole[:n])
+
+
+def test_a_model_of_eight_billion_weights_is_rearranged_in_seconds() -> None:
+    kept = torch.rand(8192, 8192, device="cuda") < 0.5
+    weight = SparseWeight.from_encoded(quantize_rtn(torch.randn(8192, 8192, device="cuda"), get_scheme("fp6")), kept)
+    ops.preferred_sparse(weight, torch.float16)  # compiles and allocates what comes first
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    found = ops.preferred_sparse(weight, torch.float16)
+    torch.cuda.synchronize()
+    assert isinstance(found, TiledSparseWeight)
+    assert (time.perf_counter() - started) * 8e9 / kept.numel() < 20
 
 
 def test_a_layer_moves_into_tiles_and_shows_what_is_stored() -> None:

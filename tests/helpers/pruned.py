@@ -11,10 +11,18 @@ from safetensors.torch import load_file, save_file
 
 from helpers import packed_models
 from tersor.compress import encode
+from tersor.compress.prune import Pattern, prune
 from tersor.formats import Plain, Scheme, get_scheme
 from tersor.layouts import SparseWeight
 
 DENSITIES = (0.0, 0.01, 0.1, 0.5, 0.94, 1.0)
+CHOICES = (
+    ("magnitude", Pattern(0.5)),
+    ("wanda", Pattern(0.6, scope="row")),
+    ("sparsegpt", Pattern(0.5, 2, 4)),
+    ("admm", Pattern(0.7)),
+)
+"""Algorithms that choose zeros, and which are asked for."""
 VALUES = (Plain("bfloat16"), Plain("float32"), get_scheme("fp6"), get_scheme("uint3", 32), get_scheme("fp8_e4m3"))
 
 
@@ -35,6 +43,21 @@ def sparse(weight: torch.Tensor, mask: torch.Tensor, values: Scheme | Plain) -> 
         return SparseWeight.from_plain(exact, mask), torch.where(mask, exact.float(), 0.0)
     encoded = encode(weight, values)
     return SparseWeight.from_encoded(encoded, mask), torch.where(mask, encoded.dequantize(), 0.0)
+
+
+def chosen(oc: int, ic: int, algorithm: str, pattern: Pattern, scheme: Scheme) -> tuple[SparseWeight, torch.Tensor]:
+    """Return what pruning leaves of a weight, and what it decodes to, float32 [oc, ic].
+
+    Inputs depend on each other, and their sizes and those of the rows vary as in a trained model: some rows and columns
+    keep nearly all of their weights, others next to nothing.
+    """
+    sizes = torch.exp(0.7 * random(1, ic, seed=1))
+    x = random(2 * ic, ic, seed=2) @ (torch.eye(ic) + 0.3 * random(ic, ic, seed=3) / ic**0.5) * sizes
+    weight = random(oc, ic) * ic**-0.5 * torch.exp(0.5 * random(oc, 1, seed=4))
+    found = prune(weight, pattern, algorithm, {"hessian": x.T @ x / len(x)}, scheme=scheme)
+    assert found.encoded is not None
+    left, exact = SparseWeight.from_encoded(found.encoded, found.kept), found.encoded.dequantize()
+    return left, torch.where(found.kept, exact, 0.0)
 
 
 def bit_stream(numbers: list[int], bits: int) -> bytes:

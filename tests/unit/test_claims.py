@@ -143,14 +143,17 @@ def test_a_linear_is_shown_with_what_was_timed_last_and_a_dash_where_nothing_was
     bench: SimpleNamespace, tmp_path: Path
 ) -> None:
     one = {"oc": 28672, "ic": 7168, "n": 16, "chain": "pdl", "weight_bytes": 28672 * 7168}
-    cell = {**one, "sparsity": 0.5, "cublas": 100.0, "bytes": 28672 * 7168 // 2}
-    cells = [
-        {**cell, "values": "fp6_e3m2", "us": 60.0},
-        {**cell, "values": "fp6_e3m2", "us": 50.0},
-        {**cell, "values": "int4", "us": 80.0},
-        {**cell, "values": "float16", "us": 1.0, "sparsity": 0.8},
+    tile = {"tokens": 16, "sparsity": 0.5, "activations": "16bit", "cublas": 100.0, "bits": 4.0}
+    tiles = [
+        {**tile, "values": "fp6_e3m2", "microseconds": 60.0},
+        {**tile, "values": "fp6_e3m2", "microseconds": 50.0},
+        {**tile, "values": "fp6_e3m2", "microseconds": 40.0, "activations": "fp8"},
+        {**tile, "values": "fp8_e4m3:448", "microseconds": 62.5},
+        {**tile, "values": "int4", "microseconds": 80.0},
+        {**tile, "values": "float16", "microseconds": 1.0, "sparsity": 0.8},
+        {**tile, "values": "float16", "microseconds": 1.0, "tokens": 8},
     ]
-    (tmp_path / "sparse_tiles_h200.json").write_text(json.dumps({"cells": cells}))
+    (tmp_path / "sparse_even_h200.json").write_text(json.dumps({"rows": tiles}))
     rows = [
         {**one, "kernel": "cublas", "chain": "plain", "microseconds": 90.0, "weight_bytes": 2 * 28672 * 7168},
         {**one, "kernel": "int4:s50", "microseconds": 30.0},
@@ -165,10 +168,60 @@ def test_a_linear_is_shown_with_what_was_timed_last_and_a_dash_where_nothing_was
         "| all, `fp6_e2m3` | 4.250 | - | - | - | 11.50 | +1.16 |",
         "| all, `int4` in groups | - | - | - | - | - | - |",
         "| half, 16 bits | - | - | - | - | - | - |",
-        "| half, `fp8_e4m3` | - | - | - | - | - | - |",
+        "| half, `fp8_e4m3` | - | 4.0 (`fp8_e4m3:448`) | 62.5 | 1.60 | - | - |",
         "| half, `fp6_e2m3` | - | 4.0 (`fp6_e3m2`) | 50.0 | 2.00 | - | - |",
         "| half, `int4` | 4.250 | 8.0 | 30.0 | 3.00 | 21.75 | +2.20 |",
     ]
+
+
+def test_steps_of_models_are_shown_beside_those_of_16_bits_and_not_at_all_before_they_were_timed(
+    bench: SimpleNamespace, tmp_path: Path
+) -> None:
+    assert bench.tables.steps_table(tmp_path) == ""
+    step = {"name": "llama-3-8b", "context": 512, "weight_bytes": 15_000_000_000}
+    few = {**step, "format": "fp6_e3m2:s50", "weight_bytes": 5_500_000_000}
+    rows = [
+        {**step, "format": "16bit", "batch": 8, "milliseconds": 4.2},
+        {**few, "batch": 8, "milliseconds": 2.0},
+        {**step, "format": "16bit", "batch": 16, "milliseconds": 4.4},
+        {**few, "batch": 16, "milliseconds": 2.2},
+        {**step, "name": "opt-30b", "format": "fp6_e3m2", "batch": 8, "milliseconds": 7.0},
+    ]
+    (tmp_path / "latency_h200_sparse.json").write_text(json.dumps({"rows": rows}))
+    assert bench.tables.steps_table(tmp_path).splitlines() == [
+        "| model | tokens before | weights | GB read | 8 rows: ms | 16 rows: ms |",
+        "|---|---|---|---|---|---|",
+        "| llama-3-8b | 512 | all, 16 bits | 15.00 | 4.20 | 4.40 |",
+        "| llama-3-8b | 512 | 50 % zero, `fp6_e3m2` | 5.50 | 2.00 (2.10 times) | 2.20 (2.00 times) |",
+        "| opt-30b | 512 | all, `fp6_e3m2` | 15.00 | 7.00 | - |",
+    ]
+
+
+def test_rows_of_another_device_go_into_a_file_and_say_so(
+    bench: SimpleNamespace, model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert bench.run.main(arguments(model, text, tmp_path, "^int8-row-rtn$")) == 0
+    for path in tmp_path.iterdir():
+        result = json.loads(path.read_text())
+        facts = {**result["environment"], "gpu": "another"}
+        path.write_text(json.dumps({**result, "device": "cuda", "environment": facts}))
+    assert bench.run.main(arguments(model, text, tmp_path, "^(int8-row-rtn|int4-row-rtn)$")) == 0
+    capsys.readouterr()
+    result = results_of(tmp_path)
+    assert [(row["recipe"], row.get("device")) for row in result["models"]] == [
+        ("int4-row-rtn", "cpu"),
+        *[("int8-row-rtn", None)] * 2,
+    ]
+    assert (result["device"], result["environment"]["gpu"]) == ("cuda", "another")
+    assert bench.tables._made(result["models"][:1]).endswith(" (cpu)")
+    assert bench.tables._made(result["models"][1:]).isdigit()
+    again, text_file = arguments(model, text, tmp_path, "^int[48]-row-rtn$"), tmp_path / "quality_small_code.json"
+    assert bench.run.main([*again, "--list"]) == 0 and not capsys.readouterr().out.strip(), (
+        "what is there is not measured again"
+    )
+    text_file.write_text(json.dumps({**result, "device": "cpu"}))
+    assert bench.run.main([*again, "--list"]) == 0
+    assert capsys.readouterr().out.split() == ["int4-row-rtn"], "but on the file's own device what another one measured"
 
 
 def test_a_recipe_that_fails_is_named_and_the_others_go_on(
@@ -289,6 +342,8 @@ def test_a_target_is_a_share_of_what_rounding_loses_or_a_divergence(bench: Simpl
         (target("small", "uint4-g-gptq", 0.50), "47 % | **no**"),
         (target("small", "uint4-g-gptq", kl=(("prose", 12),)), "11.50 | yes"),
         (target("small", "uint4-g-gptq", kl=(("prose", 11),)), "11.50 | **no**"),
+        (target("small", "uint4-g-gptq", kl=(("prose", 11),), errors=2.0), "11.50 | yes"),
+        (target("small", "uint4-g-gptq", kl=(("prose", 9),), errors=2.0), "11.50 | **no**"),
     ):
         assert " | ".join(bench.tables._reached(found, given)).endswith(words)
     assert not bench.tables._reached(found, target("small", "uint4-g-gptq", kl=(("code", 12),)))

@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
+import errno
+import gc
+import itertools
 import json
+import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import calibrated, checkpoints
+from helpers import calibrated, checkpoints, packed_models
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
+from tersor import files
 from tersor.cli import main
 from tersor.compress.prune import Pattern
 from tersor.compress.prune.allocate import MOST_APART
 from tersor.convert import prune as job
 from tersor.convert.calibrate import pruning
 from tersor.convert.calibrate.pruning import PruneCoder
+from tersor.convert.calibrate.store import Store
 from tersor.convert.calibrate.text import read_windows
-from tersor.errors import InputError, TersorError
+from tersor.errors import FormatError, InputError, OutputError, TersorError
+from tersor.formats import Plain, Sparse
+from tersor.layouts import SparseWeight
 
 Told = Mapping[str, torch.Tensor]
 OPTIONS: dict[str, Any] = {"sparsity": 0.5, "calibration_tokens": 96, "calibration_window": 32}
@@ -33,7 +41,7 @@ ALONE: dict[str, Any] = {
     "algorithm": "magnitude",
 }
 """Without a text."""
-DOWN, GATE = "model.layers.0.mlp.down_proj", "model.layers.0.mlp.gate_proj"
+PARTS = ("mask", "values")
 
 
 @pytest.fixture(scope="module")
@@ -71,11 +79,11 @@ def zeros(weight: torch.Tensor) -> float:
     return float((weight == 0).double().mean())
 
 
-@pytest.mark.parametrize("values", [None, "fp6", "int4:g16"])
+@pytest.mark.parametrize("values", [None, "fp16", "bf16", "fp6", "int4:g16"])
 def test_every_linear_layer_has_its_share_of_zeros_and_loads_through_transformers(
     llama: Path, text: Path, tmp_path: Path, values: str | None
 ) -> None:
-    found = pruned(llama, text, tmp_path / "out", values=values, overrides=["down_proj=0.75", "q_proj=2:4"][:1])
+    found = pruned(llama, text, tmp_path / "out", values=values, overrides=["down_proj=0.75"])
     for name, weight in found.items():
         share = 0.75 if "down_proj" in name else 0.5
         assert zeros(weight) >= share - 1e-3, name
@@ -149,35 +157,6 @@ def test_shares_are_allocated_by_what_zeros_cost_and_their_mean_is_the_one_asked
     assert all(zeros(found[name]) == pytest.approx(0.75, abs=1e-3) for name in found.keys() - own.keys())
 
 
-@pytest.fixture(scope="module")
-def with_dead_units(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model in whose first MLP units 2 and 5 never fire."""
-    directory = calibrated.model("llama", tmp_path_factory.mktemp("dead") / "model")
-    for path in directory.glob("*.safetensors"):
-        held = checkpoints.load(path)
-        if f"{GATE}.weight" in held:
-            held[f"{GATE}.weight"][[2, 5]] = 0
-            save_file(held, path, {"format": "pt"})
-    return directory
-
-
-def test_units_that_never_fire_are_counted_and_dropped(with_dead_units: Path, text: Path, tmp_path: Path) -> None:
-    for what in ("report", "drop"):
-        report = job.prune(
-            with_dead_units, tmp_path / what, calibration=text, dead_neurons=what, algorithm="magnitude", **OPTIONS
-        )
-        assert report.dead_units is not None
-        assert report.dead_units[DOWN] == 2
-        assert sum(report.dead_units.values()) == 2
-        assert log_of(tmp_path / what)["dead_units"][DOWN] == [2, 5]
-    kept, dropped = weights(tmp_path / "report"), weights(tmp_path / "drop")
-    up = "model.layers.0.mlp.up_proj"
-    assert kept[up][[2, 5]].any()
-    assert not dropped[up][[2, 5]].any()
-    assert not dropped[DOWN][:, [2, 5]].any()
-    assert dropped[up].shape == kept[up].shape
-
-
 def written(output: Path) -> dict[str, Any]:
     """Return the bytes of every file; of the log what does not depend on the clock."""
     found: dict[str, Any] = checkpoints.bytes_of(output)
@@ -226,7 +205,6 @@ prune({str(llama)!r}, {str(output)!r}, calibration={str(text)!r}, **{options!r})
         ({"pattern": "3:7", "sparsity": None}, "pattern 3:7 does not divide the 96 input channels of model"),
         ({"algorithm": "wand"}, "unknown algorithm 'wand', did you mean 'wanda'"),
         ({"values": "fp66"}, "values 'fp66': unknown"),
-        ({"values": "bf16"}, "ask for float32, not bfloat16"),
         ({"group_size": 16}, "group size and scale dtype are for values with codes"),
         ({"values": "int4:g24"}, "group size 24 does not divide"),
         ({"sparsity": 0.01}, "sparsity 0.01 makes no weight smaller whose values are float32"),
@@ -298,17 +276,97 @@ def test_without_a_text_an_interrupted_run_goes_on_at_the_weight_it_was_at_with_
     assert checkpoints.bytes_of(tmp_path / "out") == checkpoints.bytes_of(tmp_path / "whole")
 
 
-def test_the_command_says_what_it_stored_and_how_many_units_never_fire(
-    with_dead_units: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_values_without_a_kernel_are_named_before_the_work(
+    llama: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    options = ["--sparsity", "0.5", "--algorithm", "wanda", "--values", "fp6", "--dead-neurons", "drop"]
-    options += ["--calibration", str(text), "--calibration-tokens", "96", "--calibration-window", "32"]
-    assert main.run(["prune", str(with_dead_units), "-o", str(tmp_path / "out"), *options]) == 0
-    shown = capsys.readouterr().out
-    assert "14 pruned weights stored sparse" in shown
-    assert "2 MLP units never fire on the text and became zero" in shown
-    assert main.run(["prune", str(with_dead_units), "-o", str(tmp_path / "out"), *options]) == 2
-    assert "exists" in capsys.readouterr().err
+    command = ["prune", str(llama), "--algorithm", "magnitude", "--sparsity", "0.5"]
+    for place, (values, reason) in enumerate(
+        (
+            ("int4:g16", "pruned weights with scales in groups are not expanded"),
+            ("uint4", "zero points"),
+            ("mxfp6_e3m2", "scales in groups"),
+            ("fp32", "values in float32"),
+            ("int4", ""),
+            ("fp6_e3m2", ""),
+            ("bf16", ""),
+        )
+    ):
+        assert main.run([*command, "-o", str(tmp_path / str(place)), "--values", values]) == 0
+        said = [line for line in capfd.readouterr().err.splitlines() if "has no kernel beside" in line]
+        assert len(said) == bool(reason), values
+        assert all(reason in line and line.endswith("every product decodes it for cuBLAS") for line in said), values
+
+
+def test_plain_values_are_of_the_dtype_asked_for_and_weights_that_stay_dense_of_their_own(
+    llama: Path, tmp_path: Path
+) -> None:
+    job.prune(llama, tmp_path / "out", values="fp16", overrides=["q_proj=0.02"], **ALONE)
+    before, after = checkpoints.weights(llama), packed_models.tensors(tmp_path / "out")
+    dense = after["model.layers.0.self_attn.q_proj.weight"]
+    assert dense.dtype == torch.float32 and zeros(dense) == pytest.approx(0.02, abs=1e-3)
+    name = "model.layers.0.mlp.up_proj"
+    sparse = SparseWeight.from_stored(
+        Sparse(Plain("float16")), before[f"{name}.weight"].shape, *(after[f"{name}.weight_{part}"] for part in PARTS)
+    )
+    kept = sparse.dequantize(torch.float32) != 0
+    assert torch.equal(sparse.dequantize(torch.float16)[kept], before[f"{name}.weight"].half()[kept])
+    held = {**before, f"{name}.weight": before[f"{name}.weight"] * 1e6}
+    shutil.copytree(llama, tmp_path / "large")
+    save_file(held, tmp_path / "large" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(FormatError, match=r"up_proj.weight': has numbers up to .*, which float16 cannot be"):
+        job.prune(tmp_path / "large", tmp_path / "no", values="fp16", **ALONE)
+
+
+def test_a_disk_that_fills_up_is_one_line_and_the_same_bytes_after_resuming(
+    llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {**OPTIONS, "values": "fp6", "algorithm": "wanda", "calibration": text}
+    job.prune(llama, tmp_path / "whole", **options)
+    output, whole, written_blocks = tmp_path / "out", files.write_whole, []
+
+    def full(path: Path, content: Any, **how: Any) -> None:
+        if path.name.startswith("block"):
+            written_blocks.append(path.name)
+            if len(written_blocks) == 2:
+                raise OSError(errno.ENOSPC, "No space left on device")
+        whole(path, content, **how)
+
+    monkeypatch.setattr(files, "write_whole", full)
+    with pytest.raises(OutputError, match=r"no space left while writing .* run again with --resume") as caught:
+        job.prune(llama, output, **options)
+    assert caught.value.exit_status == 1 and "\n" not in str(caught.value) and not output.exists()
+    job.prune(llama, output, **options, resume=True)
+    assert len(written_blocks) == 3, "the first one is kept"
+    assert written(output) == written(tmp_path / "whole")
+
+
+def held_bytes() -> int:
+    """Return the bytes of all tensors in memory, each storage once."""
+    found = [one for one in gc.get_objects() if issubclass(type(one), torch.Tensor) and one.device.type == "cpu"]
+    return sum({one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in found}.values())
+
+
+@pytest.mark.parametrize("alone", [False, True], ids=["with a text", "without"])
+def test_memory_does_not_grow_with_the_number_of_blocks(
+    alone: bool, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is in memory as the last block, or the last weight, is finished."""
+    finish, held = Store.finish, dict[int, int]()
+    for layers in (2, 6):
+        model = calibrated.model("llama", tmp_path / f"model{layers}", num_hidden_layers=layers)
+        before, calls = held_bytes(), itertools.count(1)
+
+        def noting(self: Store, *given: Any, layers: int = layers, calls: Iterator[int] = calls) -> None:
+            if next(calls) == layers * (7 if alone else 1):
+                held[layers] = held_bytes()
+            finish(self, *given)
+
+        monkeypatch.setattr(Store, "finish", noting)
+        options = ALONE if alone else {**OPTIONS, "algorithm": "wanda", "update": False, "calibration": text}
+        job.prune(model, tmp_path / f"out{layers}", values="fp6", **options)
+        held[layers] -= before
+    block = sum(one.numel() * 4 for name, one in checkpoints.weights(model).items() if "layers.0." in name)
+    assert 0 < held[6] < held[2] + block
 
 
 def test_experts_are_refused_unless_they_are_ignored(text: Path, tmp_path: Path) -> None:

@@ -255,6 +255,30 @@ def test_inspect_shows_what_is_left_bits_and_the_choice(tmp_path: Path) -> None:
     assert "pruned weights stored sparse, of whose elements" in dry
 
 
+def test_inspect_counts_zeros_of_weights_that_are_stored_dense_where_it_is_asked_to(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a checkpoint that somebody pruned, of codes with scales in groups and with zero points, and of no others."""
+    monkeypatch.setattr("tersor.checkpoint.zeros._BLOCK_ELEMENTS", 700)
+    quantize(source, tmp_path / "out", format="int4", group_size=32, overrides={"down_proj": "uint4"}, sparse="off")
+    quantize(source, tmp_path / "lut3", format="lut3")
+    plain, packed, tables = (inspect(path, read_architecture, zeros=True).items for path in
+                             (source, tmp_path / "out", tmp_path / "lut3"))  # fmt: skip
+    given = checkpoints.weights(source)
+    for item in plain:
+        assert item.density == (float((given[item.name] != 0).double().mean()) if len(item.shape) == 2 else None)
+    found = {item.name: item for item in packed if item.compressed}
+    assert {item.format for item in found.values()} == {"int4:g32:float16", "uint4:g32:float16"}
+    for name, item in found.items():
+        scheme = get_scheme("uint4" if "down_proj" in name else "int4", 32)
+        decoded = encode(given[name], scheme).dequantize()
+        assert item.density == float((decoded != 0).double().mean()) < 0.51
+    assert {item.density for item in tables if item.compressed} == {None}
+    assert all(item.density is None for item in inspect(source, read_architecture).items)
+    shown = CliRunner().invoke(app, ["inspect", str(source), "--zeros"]).output
+    assert " left" in shown and "50." in shown
+
+
 def test_what_cannot_be_stored_sparse_is_said_in_a_line(source: Path, tmp_path: Path) -> None:
     dense = packed_models.plain("llama", tmp_path / "dense", torch.bfloat16)
     cases: list[tuple[Path, dict[str, Any], str]] = [

@@ -1,4 +1,4 @@
-"""What is in a checkpoint? Format, bits and bytes of every layer, without reading a weight, but for masks."""
+"""What is in a checkpoint? Format, bits and bytes of every layer, without reading a weight, but for masks and zeros."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from tersor.checkpoint.modules import Architecture
 from tersor.checkpoint.names import DENSE, PACKED, Storage, level_stem, stored_forms, stored_weights
 from tersor.checkpoint.released import compression_of
 from tersor.checkpoint.source import Source, open_source
+from tersor.checkpoint.zeros import dense_left
 from tersor.errors import CheckpointError
 from tersor.formats import Assignment, Pruned, Scheme
 
@@ -35,7 +36,7 @@ class Item:
         nbytes: bytes on disk.
         compressed: whether the item is a compressed weight.
         levels: of a mixed weight, key of the scheme of every level that it has, and output features at that level.
-        density: of a pruned weight, which part of it is left.
+        density: which part of a pruned weight is left, of one that is stored dense where zeros are counted.
     """
 
     name: str
@@ -112,7 +113,11 @@ class Inspection:
 
 
 def inspect(
-    model: str | os.PathLike[str], read_architecture: ReadArchitecture, revision: str | None = None
+    model: str | os.PathLike[str],
+    read_architecture: ReadArchitecture,
+    revision: str | None = None,
+    *,
+    zeros: bool = False,
 ) -> Inspection:
     """List what a checkpoint directory (or Hub id) holds.
 
@@ -121,6 +126,7 @@ def inspect(
         read_architecture: builds the model of a directory's config.json and lists its layers; asked only where weights
             are packed.
         revision: branch, tag or commit of a Hub id.
+        zeros: whether weights that are stored dense are read, too, to say which part of each is left.
 
     Raises:
         CheckpointError: not a whole checkpoint, or one whose tensors and quantization_config disagree.
@@ -130,11 +136,13 @@ def inspect(
         raw = compression_of(source)
         method = str(raw.get("quant_method")) if raw is not None else None
         config = QuantizationConfig.from_dict(raw) if method == QUANT_METHOD else None
-        items = (
+        items: Iterator[Item] = (
             _packed_items(source, config, read_architecture(source.directory))
             if config is not None
             else _plain_items(source)
         )
+        if zeros:
+            items = (_counted(source, item) for item in items)
         names = source.config.get("architectures")
         return Inspection(
             model=source.label,
@@ -144,6 +152,14 @@ def inspect(
             items=tuple(items),
             files=tuple(file.path.name for file in source.files),
         )
+
+
+def _counted(source: Source, item: Item) -> Item:
+    """Return the same with its density, where nothing but its numbers tells that."""
+    if item.density is not None or item.levels:
+        return item
+    scheme = Scheme.from_key(item.format) if item.compressed else None
+    return dataclasses.replace(item, density=dense_left(source, item.name, item.shape, scheme))
 
 
 def _plain_items(source: Source) -> Iterator[Item]:

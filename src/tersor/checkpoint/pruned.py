@@ -11,10 +11,10 @@ import torch
 
 from tersor.checkpoint.config import QuantizationConfig, Represented
 from tersor.checkpoint.modules import LinearLayer
-from tersor.checkpoint.names import MASK, TORCH_DTYPES, VALUES
+from tersor.checkpoint.names import MASK, VALUES
 from tersor.checkpoint.source import StoredTensor
 from tersor.errors import CheckpointError, InputError
-from tersor.formats import FLOAT_DTYPES, Plain, Pruned, Scheme, Sparse, dtype_name
+from tersor.formats import Pruned, Scheme, Sparse
 from tersor.layouts import bitmap
 
 _MASK_BYTES = 1 << 22
@@ -68,22 +68,15 @@ def left_of(
     Experts and embeddings are never stored sparse.
 
     Raises:
-        InputError: nobody looks for pruned weights, or a weight has numbers of another dtype.
+        InputError: nobody looks for pruned weights.
     """
-    values = sparse.values
     if never_sparse(layer):
         return sparse.scheme
     if find_pruned is None:
-        raise InputError(f"{values.name} is what pruned weights keep, which are looked for in checkpoints on disk")
+        raise InputError(
+            f"{sparse.values.name} is what pruned weights keep, which are looked for in checkpoints on disk"
+        )
     found = find_pruned(tensor, layer, sparse)
-    if found is not None and isinstance(values, Plain):
-        spec = tensor.spec
-        own = dtype_name(TORCH_DTYPES[spec.dtype])
-        if own != values.dtype:
-            raise InputError(
-                f"{tensor.file.path}: tensor {spec.name!r} is {spec.dtype}, and what is left of it keeps its bits: ask "
-                f"for {own if own in FLOAT_DTYPES else 'a format of codes'}, not {values.dtype}"
-            )
     return sparse.scheme if found is None else found
 
 

@@ -21,6 +21,10 @@ def command(
         bool,
         typer.Option("--full", help="A line for every tensor; layers that are alike share one otherwise."),
     ] = False,
+    zeros: Annotated[
+        bool,
+        typer.Option("--zeros", help="Count zeros of weights that are stored dense, too, which reads them."),
+    ] = False,
     trust_remote_code: options.TrustRemoteCode = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON, a tensor at a time.")] = False,
 ) -> None:
@@ -28,7 +32,7 @@ def command(
     from tersor.checkpoint.inspect import inspect
     from tersor.integrations.transformers.architecture import read_architecture
 
-    found = inspect(model, partial(read_architecture, trust_remote_code=trust_remote_code), revision)
+    found = inspect(model, partial(read_architecture, trust_remote_code=trust_remote_code), revision, zeros=zeros)
     if json:
         console.print_json(found.to_dict())
         return

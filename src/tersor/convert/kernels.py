@@ -16,6 +16,8 @@ from tersor.layouts.tiled_sparse import tiles_reason
 from tersor.ops import dispatch
 
 _log = logging.getLogger("tersor")
+_ELSE = "the reference multiplies it, slowly"
+_DECODED = "every product decodes it for cuBLAS"
 
 
 def tell(conversion: Conversion, dtype: str, device: torch.device, levels: Sequence[Scheme] = ()) -> None:
@@ -58,7 +60,7 @@ def without_kernel(
         if isinstance(form, Assignment):
             schemes += form.mix.levels
         elif isinstance(form, Pruned):
-            found |= _said(form.sparse.key(), (tiles_reason(form.sparse, name) for name in names), names)
+            found |= _said(form.sparse.key(), (tiles_reason(form.sparse, name) for name in names), names, _DECODED)
         else:
             schemes.append(form)
     for scheme in schemes:
@@ -72,10 +74,10 @@ def without_kernel(
     return sorted(found)
 
 
-def _said(key: str, reasons: Iterable[str], names: Sequence[str]) -> dict[str, None]:
+def _said(key: str, reasons: Iterable[str], names: Sequence[str], then: str = _ELSE) -> dict[str, None]:
     """Return the line of a scheme that has no kernel beside any dtype in which activations may come, else nothing."""
     every = list(reasons)
     if not all(every):
         return {}
     beside = " or ".join(names)
-    return {f"{key} has no kernel beside {beside} activations ({every[0]}): the reference multiplies it, slowly": None}
+    return {f"{key} has no kernel beside {beside} activations ({every[0]}): {then}": None}

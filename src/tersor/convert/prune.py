@@ -80,8 +80,7 @@ def prune(
         pattern: `n:m`: at most n weights of m consecutive input channels stay; empty is none.
         scope: `layer` or `row`, where the share holds; `None` is what the algorithm's paper has.
         algorithm: which weights stay, a key of `compress.prune.ALGORITHMS`.
-        values: of the weights that stay: a format such as `fp6`, or the model's dtype, such as `bf16`, which is also
-            `None`.
+        values: of the weights that stay: a format such as `fp6`, or a dtype such as `bf16`; `None` is the model's.
         group_size, scale_dtype: of a format.
         update: whether the weights that stay are fitted to their mask; `None` is with a text.
         allocate: whether matrices without an override get shares of their own, by what zeros in each cost.

@@ -20,7 +20,18 @@ from tersor.checkpoint.names import TORCH_DTYPES, stored_tensors
 from tersor.checkpoint.released import DecodedTensor
 from tersor.checkpoint.source import StoredTensor
 from tersor.errors import InputError
-from tersor.formats import TABLE_DTYPES, Outliers, Pruned, Scheme, Sparse, get_scheme, plain_values
+from tersor.formats import (
+    FLOAT_DTYPES,
+    TABLE_DTYPES,
+    Outliers,
+    Plain,
+    Pruned,
+    Scheme,
+    Sparse,
+    dtype_name,
+    get_scheme,
+    plain_values,
+)
 from tersor.layouts import bitmap
 
 SAMPLED_ROWS = 64
@@ -129,6 +140,7 @@ class Survey:
 
         Raises:
             CheckpointError: the disk does not give the weight.
+            InputError: it has numbers of another dtype than those asked for.
         """
         name = tensor.spec.name
         if name not in self._counts:
@@ -137,7 +149,10 @@ class Survey:
         if counts is None:
             return None
         found, (oc, ic) = Pruned.of(sparse, counts), layer.shape
-        return found if found.nbytes(ic) < dense_bytes(sparse, oc, ic) else None
+        if found.nbytes(ic) >= dense_bytes(sparse, oc, ic):
+            return None
+        _check_dtype(tensor, sparse)
+        return found
 
 
 def dense_bytes(sparse: Sparse, oc: int, ic: int) -> int:
@@ -146,6 +161,21 @@ def dense_bytes(sparse: Sparse, oc: int, ic: int) -> int:
         return oc * ic * sparse.value_bits // 8
     forms = stored_tensors(sparse.scheme, oc, ic).values()
     return sum(math.prod(form.shape) * form.dtype.itemsize for form in forms)
+
+
+def _check_dtype(tensor: StoredTensor, sparse: Sparse) -> None:
+    """Hold that a weight whose numbers are kept has the dtype that is asked for.
+
+    Raises:
+        InputError: it does not.
+    """
+    spec, values = tensor.spec, sparse.values
+    own = dtype_name(TORCH_DTYPES[spec.dtype])
+    if isinstance(values, Plain) and own != values.dtype:
+        raise InputError(
+            f"{tensor.file.path}: tensor {spec.name!r} is {spec.dtype}, and what is left of it keeps its bits: ask "
+            f"for {own if own in FLOAT_DTYPES else 'a format of codes'}, not {values.dtype}"
+        )
 
 
 def _counts(tensor: StoredTensor, layer: LinearLayer) -> torch.Tensor | None:

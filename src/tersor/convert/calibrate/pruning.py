@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 
-from tersor.checkpoint.names import DENSE, MASK, PACKED, SCALE, SPARSE, VALUES, ZERO_POINT
+from tersor.checkpoint.names import DENSE, MASK, PACKED, SCALE, SPARSE, TORCH_DTYPES, VALUES, ZERO_POINT
 from tersor.compress.prune import Pattern, Pruned, prune
 from tersor.convert.calibrate.coder import Coded
 from tersor.convert.calibrate.tasks import Task, matrices
 from tersor.convert.calibrate.units import Units
 from tersor.convert.survey import dense_bytes
+from tersor.errors import FormatError
 from tersor.formats import FLOAT_DTYPES, Plain, Sparse
 from tersor.layouts import PackedWeight, SparseWeight
 from tersor.ops import load_columns
@@ -52,10 +53,14 @@ class PruneCoder:
             load_columns([self._sparse.scheme.format], device)
 
     def code(self, task: Task, weight: torch.Tensor, statistics: Mapping[str, torch.Tensor], first: int) -> Coded:
-        """Prune a weight and pack it."""
-        values = self._sparse.values
+        """Prune a weight and pack it.
+
+        Raises:
+            FormatError: it has numbers that those that stay cannot be, or as `prune` does.
+            NonFiniteError: as `prune` does.
+        """
         found = prune(
-            weight.to(FLOAT_DTYPES[values.dtype]) if isinstance(values, Plain) else weight,
+            self._numbers(weight),
             self._patterns[task.name],
             self._algorithm,
             statistics,
@@ -66,10 +71,21 @@ class PruneCoder:
         line: dict[str, Any] = {f"loss_{step}": loss for step, loss in found.losses.items()}
         line |= {"weights": found.kept.numel(), "left": int(found.kept.sum())}
         underflowed = [first + row for row in found.encoded.underflowed] if found.encoded is not None else []
-        tensors = {name: tensor.contiguous() for name, tensor in self._packed(found).items()}
+        tensors = {name: tensor.contiguous() for name, tensor in self._packed(task, found).items()}
         return Coded(tensors, found.squared_error, found.squared_norm, underflowed, line)
 
-    def _packed(self, found: Pruned) -> dict[str, torch.Tensor]:
+    def _numbers(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return a weight in the dtype of its values, where these are plain numbers."""
+        values = self._sparse.values
+        if not isinstance(values, Plain) or FLOAT_DTYPES[values.dtype] == weight.dtype:
+            return weight
+        found = weight.to(FLOAT_DTYPES[values.dtype])
+        if bool((found.isinf() & weight.isfinite()).any()):
+            raise FormatError(f"has numbers up to {float(weight.abs().max()):.3g}, which {values.dtype} cannot be")
+        return found
+
+    def _packed(self, task: Task, found: Pruned) -> dict[str, torch.Tensor]:
+        """Return what is stored of a weight; plain numbers of one that is not sparse have the dtype that they had."""
         if found.encoded is None:
             packed = SparseWeight.from_plain(found.weight, found.kept)
         else:
@@ -77,7 +93,11 @@ class PruneCoder:
         oc, ic = packed.shape
         if packed.form.nbytes(ic) < dense_bytes(self._sparse, oc, ic):
             return SPARSE.pack(packed)
-        return {WEIGHT: found.weight} if found.encoded is None else DENSE.pack(found.encoded)
+        return (
+            {WEIGHT: found.weight.to(TORCH_DTYPES[task.step.source.spec.dtype])}
+            if found.encoded is None
+            else DENSE.pack(found.encoded)
+        )
 
     def decode(self, task: Task, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
         """Return what a pruned weight's tensors stand for."""
