@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -24,16 +23,8 @@ from typing import Any
 
 import results_file
 import torch
+from written import written
 
-import tersor
-from tersor.bench import random_checkpoint
-from tersor.checkpoint.source import read_config
-from tersor.hardware import resolve_device
-from tersor.models import DecoderConfig, geometries
-from tersor.models.names import NAMES
-
-EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "tiny-lm"
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 WARM = 2
 """Processes that find all kernels."""
 CHILD = """
@@ -73,22 +64,6 @@ def main() -> None:
     found = {"model": name, "format": arguments.format, "options": json.loads(arguments.options), "rows": rows}
     gpu = torch.cuda.get_device_name().split()[-1].lower() if torch.cuda.is_available() else "cpu"
     print(f"written to {results_file.write(f'start_{gpu}', found)}")
-
-
-def written(geometry: str, format: str, folder: Path) -> Path:
-    """Write a checkpoint of random weights, compress it, and return where it is."""
-    plain, packed = folder / "plain", folder / "packed"
-    plain.mkdir()
-    own = read_config(Path(geometry)) if Path(geometry).is_dir() else geometries.config_json(geometry)
-    device = resolve_device()
-    random_checkpoint.write(own, 2048, plain, torch.float16, device)
-    for name in TOKENIZER:
-        shutil.copy(EXAMPLE / name, plain / name)
-    config = DecoderConfig.from_dict(own)
-    overrides = {} if config.tied else {NAMES[config.architecture].head: format}
-    tersor.quantize(plain, packed, format=format, overrides=overrides, device=device.type)
-    shutil.rmtree(plain)
-    return packed
 
 
 def started(checkpoint: Path, options: str, cache: Path) -> dict[str, Any]:
