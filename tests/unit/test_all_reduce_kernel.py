@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,6 +24,7 @@ class Gpus:
         self.buffers = [torch.zeros(small.ALL_REDUCE_BYTES, dtype=torch.uint8) for _ in range(count)]
         self.calls = [torch.zeros(small.ALL_REDUCE_CTAS + 1, dtype=torch.int32) for _ in range(count)]
         self.addresses = torch.tensor([buffer.data_ptr() for buffer in self.buffers])
+        self.ended = torch.zeros(count, dtype=torch.int32)
         self.launches = []
         for rank in range(count):
             own = folder / str(rank)
@@ -35,6 +37,7 @@ class Gpus:
                     rank=rank,
                     buffers=self.addresses.data_ptr(),
                     calls=self.calls[rank].data_ptr(),
+                    ended=self.ended[rank:].data_ptr(),
                 )
             )
 
@@ -67,7 +70,14 @@ def test_sums_of_all_ranks_are_right_to_the_bit_one_call_after_the_other(
 
 
 def test_nobody_waits_once_waiting_was_ended(tmp_path: Path) -> None:
+    """By the host while a kernel waits for a rank that never comes, and then in those to come at once."""
     gpus = Gpus(2, "float16", tmp_path)
-    gpus.calls[0][-1] = 1
-    gpus.add_up(0, [torch.ones(8 * 600, dtype=torch.float16)])  # the other never comes
-    assert gpus.calls[0][0] == 1
+    x = torch.ones(8 * 600, dtype=torch.float16)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(gpus.add_up, 0, [x, x])
+        time.sleep(0.2)
+        assert not waiting.done() and gpus.calls[0][-1] == 0
+        gpus.ended[0] = 1
+        waiting.result(timeout=60)
+    assert gpus.calls[0][-1] == 1
+    assert gpus.calls[0][0] == 2

@@ -184,7 +184,7 @@ def command(
                 del runner
                 torch.cuda.empty_cache()
                 write()
-    seat.leave()
+    team.leave()
     if team.first:
         bench.give(found(), show, plot_latency.plot, json=json, plot=plot, output=output)
 

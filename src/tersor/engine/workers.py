@@ -13,7 +13,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
@@ -72,7 +72,7 @@ class Seat:
         """Let go of all groups, and of torch.distributed where it was not there before; nothing happens alone."""
         if self.place is None:
             return
-        if made:
+        if made and distributed.is_initialized():  # torch ends it itself where an interpreter ends
             distributed.destroy_process_group()
         self.ranks.close()
         if self.stages.count > 1:
@@ -96,22 +96,22 @@ class Team:
 
     def __init__(self, seat: Seat, first: bool = True, end: Callable[[], None] = lambda: None) -> None:
         self.seat, self.first = seat, first
-        self._calls = [end]
-        self._finalizer = weakref.finalize(self, _call, self._calls)
+        self._calls = ExitStack()
+        self._calls.callback(end)
+        self._finalizer = weakref.finalize(self, self._calls.close)
 
     def before_end(self, call: Callable[[], None]) -> None:
         """Have something done first when this ends, such as what must not outlive the groups of the ranks."""
-        self._calls.insert(0, call)
+        self._calls.callback(call)
 
     def close(self) -> None:
         """End all other ranks; idempotent."""
         self._finalizer()
 
-
-def _call(calls: list[Callable[[], None]]) -> None:
-    for call in calls:
-        call()
-    calls.clear()
+    def leave(self) -> None:
+        """Let go of all groups, as every rank does at once: the others have been told that it is over."""
+        self._finalizer.detach()
+        self.seat.leave()
 
 
 def by_torchrun(config: EngineConfig) -> bool:
@@ -195,9 +195,9 @@ def gather(config: EngineConfig, source: Source) -> Team:
 
 def _say_end(seat: Seat) -> None:
     """Have all other ranks end."""
-    assert seat.line is not None
-    with suppress(LostError):  # they have ended
-        seat.line.end()
+    if seat.line is not None and distributed.is_initialized():  # at an interpreter's end torch has ended it
+        with suppress(LostError):  # they have ended
+            seat.line.end()
 
 
 def joined(config: EngineConfig, placement: Placement, device: torch.device) -> Team:

@@ -131,7 +131,7 @@ def all_reduce_source(target: str, ranks: int) -> KernelSource:
             "CTAS": ALL_REDUCE_CTAS,
             "SLOT_BYTES": MOST_REDUCED,
         },
-        arguments="PPPii",
+        arguments="PPPPii",
     )
 
 
@@ -284,7 +284,7 @@ def prepare_keep(function: Function, *, draws: int) -> TokensLaunch:
     return launch
 
 
-def prepare_all_reduce(function: Function, *, rank: int, buffers: int, calls: int) -> AllReduceLaunch:
+def prepare_all_reduce(function: Function, *, rank: int, buffers: int, calls: int, ended: int) -> AllReduceLaunch:
     """Return what launches the sum of a tensor over all ranks.
 
     Args:
@@ -292,6 +292,7 @@ def prepare_all_reduce(function: Function, *, rank: int, buffers: int, calls: in
         rank: which this is.
         buffers: address of the addresses of all ranks' buffers, in order.
         calls: address of uint32 [ALL_REDUCE_CTAS + 1], zero at first; the last one ends all waiting when it is not 0.
+        ended: address of a uint32 in pinned memory of the host, which does so too.
     """
     grid, block, run = (ALL_REDUCE_CTAS, 1, 1), (_ALL_REDUCE_THREADS, 1, 1), function.launch
 
@@ -304,6 +305,6 @@ def prepare_all_reduce(function: Function, *, rank: int, buffers: int, calls: in
             nbytes: its size, whole 16 bytes.
             early: as in `prepare_norm`.
         """
-        run(grid, block, 0, stream, (x, buffers, calls, rank, nbytes // 16), early)
+        run(grid, block, 0, stream, (x, buffers, calls, ended, rank, nbytes // 16), early)
 
     return launch

@@ -60,6 +60,7 @@ class OneShot:
         self._buffer.zero_()
         self._addresses = torch.tensor(addresses, dtype=torch.int64, device=device)
         self._calls = torch.zeros(small.ALL_REDUCE_CTAS + 1, dtype=torch.int32, device=device)
+        self._ended = torch.zeros(1, dtype=torch.int32, pin_memory=True)
         self._launches: dict[torch.dtype, small.AllReduceLaunch] = {}
         torch.cuda.synchronize(device)
         torch.distributed.barrier(group, device_ids=[self._index])  # nobody sets a flag before it is cleared
@@ -80,13 +81,19 @@ class OneShot:
         if x.dtype not in self._launches:
             function = jit.get(small.all_reduce_source(_TARGETS[x.dtype], self._count), index)
             self._launches[x.dtype] = small.prepare_all_reduce(
-                function, rank=self._rank, buffers=self._addresses.data_ptr(), calls=self._calls.data_ptr()
+                function,
+                rank=self._rank,
+                buffers=self._addresses.data_ptr(),
+                calls=self._calls.data_ptr(),
+                ended=self._ended.data_ptr(),
             )
         early = launched_early(self._device)
         self._launches[x.dtype](stream=current.stream(index), x=x.data_ptr(), nbytes=x.nbytes, early=early)
         return x
 
     def stop(self) -> None:
-        """End all waiting, of kernels that run and of those to come; sums mean nothing any more. Any thread may ask."""
-        with torch.cuda.device(self._device), torch.cuda.stream(torch.cuda.Stream(self._device)):
-            self._calls[-1:].fill_(1)
+        """End all waiting, of kernels that run and of those to come; sums mean nothing any more. Any thread may ask.
+
+        It makes no call of CUDA, since one may wait for the very kernel that it is to end.
+        """
+        self._ended[0] = 1
