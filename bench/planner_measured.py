@@ -6,9 +6,10 @@
 As many rows of texts of one length are spread over all GPUs in every way that uses them all: a copy on each with its
 part of the rows, one copy cut as Megatron cuts it, stages with micro-batches, both. Each is timed as `tersor bench
 latency` times steps, with random weights. What counts is the time until every row has a token. To every other
-configuration that exchanges something one number is fitted, the time that an exchange in a chain of kernels takes
-beyond the tables; the others are held out. Printed and written: predicted and measured times, mean errors of both
-halves, and the regret: how much longer the way takes that is predicted to be the fastest than the one that is.
+configuration of several ranks two numbers are fitted, the time beyond the tables that a sum over ranks takes in a chain
+of kernels, and that a step takes which one stage hands to the next; the others are held out. Printed and written:
+predicted and measured times, mean errors of both halves, and the regret: how much longer the way takes that is
+predicted to be the fastest than the one that is. `--from FILE` times nothing: what a file has is fitted and shown again.
 
 `--add` keeps what the output has of other models: a model at a time may be measured. `--device cpu` runs all of it over
 gloo, to try it out; its times say nothing.
@@ -28,6 +29,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import results_file
 import torch
 from torch import distributed
@@ -54,7 +56,8 @@ ROWS, CONTEXTS = "2,16,64", "512,2048"
 METHOD = (
     "milliseconds until each of `rows` rows has a token, spread over all GPUs; measured as tersor bench latency does, "
     "in copies and stages with their part of the rows, times the micro-batches; predicted by tersor.planner with the "
-    "tables of links that are named; corrected: so much longer for each exchange as half of the configurations say"
+    "tables of links that are named; corrected: so much longer for each sum over ranks, and for each step that is "
+    "handed from stage to stage, as half of the configurations say"
 )
 
 
@@ -68,7 +71,7 @@ class Row:
         rows, context: on all GPUs, and tokens of each text.
         predicted: milliseconds, by tables.
         exchanges: of a pass.
-        fitted: whether what an exchange takes was fitted to it.
+        fitted: whether what exchanges take was fitted to it.
         measured: milliseconds; 0 until it is.
         corrected: milliseconds predicted, with what was fitted.
     """
@@ -90,6 +93,11 @@ class Row:
     def batch(self) -> int:
         """Rows of one step of one copy."""
         return self.rows // self.copies // self.pipeline
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Sums over ranks in a pass, and steps that stages hand on until every row has a token."""
+        return self.exchanges - (self.pipeline - 1), self.pipeline if self.pipeline > 1 else 0
 
 
 def ways(ranks: int) -> list[tuple[int, int, int]]:
@@ -179,28 +187,33 @@ def measure(
             torch.cuda.empty_cache()
 
 
-def fit(rows: Sequence[Row]) -> float:
-    """Return the milliseconds that an exchange takes beyond its table, by every other configuration that has some.
+def fit(rows: Sequence[Row]) -> tuple[float, float]:
+    """Return the milliseconds beyond the tables of a sum over ranks and of a step that is handed on.
 
-    Least squares of what is missing, as a share of what was measured; `fitted` and `corrected` of all rows are set.
+    By every other configuration of each kind that has several ranks: least squares of what is missing, as a share of
+    what was measured. `fitted` and `corrected` of all rows are set.
     """
-    sending = [row for row in rows if row.exchanges]
-    for number, row in enumerate(sending):
-        row.fitted = number % 2 == 0
-    half = [row for row in sending if row.fitted]
-    square = sum((row.exchanges / row.measured) ** 2 for row in half)
-    missing = sum(row.exchanges * (row.measured - row.predicted) / row.measured**2 for row in half)
-    each = missing / square if square else 0.0
+    for handed in (False, True):
+        for number, row in enumerate(row for row in rows if row.exchanges and (row.pipeline > 1) == handed):
+            row.fitted = number % 2 == 0
+    half = [row for row in rows if row.fitted]
+    shares = np.array([row.counts for row in half], dtype=float).reshape(-1, 2)
+    measured = np.array([row.measured for row in half])
+    missing = np.array([row.measured - row.predicted for row in half])
+    found, *_ = np.linalg.lstsq(shares / measured[:, None], missing / measured, rcond=None)
+    of_sum, of_step = (float(each) for each in found)
     for row in rows:
-        row.corrected = row.predicted + each * row.exchanges
-    return each
+        sums, steps = row.counts
+        row.corrected = row.predicted + of_sum * sums + of_step * steps
+    return of_sum, of_step
 
 
 def summary(rows: Sequence[Row]) -> dict[str, Any]:
     """Return the mean errors and the regret of measured rows, by tables alone (`predicted`) and `corrected`."""
-    each = fit(rows)
+    of_sum, of_step = fit(rows)
     held = [row for row in rows if not row.fitted]
-    found: dict[str, Any] = {"configurations": len(rows), "held_out": len(held), "us_an_exchange": 1e3 * each}
+    found: dict[str, Any] = {"configurations": len(rows), "held_out": len(held)}
+    found |= {"us_a_sum": 1e3 * of_sum, "us_a_step_handed_on": 1e3 * of_step}
     for name in ("predicted", "corrected"):
         lost = regrets(rows, name)
         found[name] = {
@@ -258,7 +271,10 @@ def show(rows: Sequence[Row], found: dict[str, Any]) -> None:
             f"largest {100 * own['largest_error']:.1f} %; regret of {own['choices']} choices "
             f"{100 * own['mean_regret']:.1f} % in the mean, {100 * own['largest_regret']:.1f} % at most"
         )
-    print(f"an exchange takes {found['us_an_exchange']:.2f} us more than its table says")
+    print(
+        f"a sum over ranks takes {found['us_a_sum']:+.2f} us beside its table, a step that is handed on "
+        f"{found['us_a_step_handed_on']:+.0f} us"
+    )
 
 
 def main() -> None:
@@ -273,7 +289,13 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--add", action="store_true", help="keep what the output has of other models")
     parser.add_argument("-o", "--output", type=Path, help="default: results/planner_measured_xN.json, of N GPUs")
+    parser.add_argument(
+        "--from", dest="measured", type=Path, metavar="FILE", help="time nothing: fit and show that again"
+    )
     options = parser.parse_args()
+    if options.measured is not None:
+        _again(options.measured, options.output)
+        return
     if not distributed.is_torchelastic_launched():
         raise SystemExit("start all ranks: torchrun --nproc-per-node 2 bench/planner_measured.py")
     distributed.init_process_group("nccl" if options.device == "cuda" else "gloo")
@@ -281,6 +303,16 @@ def main() -> None:
         _run(options)
     finally:
         distributed.destroy_process_group()
+
+
+def _again(path: Path, output: Path | None) -> None:
+    """Fit and show what a file has, and write it where a place is named."""
+    result = json.loads(path.read_text(encoding="utf-8"))
+    rows = [Row(**one) for one in result["rows"]]
+    result |= {"method": METHOD, "summary": summary(rows), "rows": [asdict(row) for row in rows]}
+    show(rows, result["summary"])
+    if output is not None:
+        report.write(output, report.text(result))
 
 
 def _run(options: argparse.Namespace) -> None:

@@ -45,17 +45,26 @@ def test_every_way_uses_all_gpus(bench: ModuleType) -> None:
     assert (row(bench).batch, row(bench, tensor=1, pipeline=2).batch, row(bench, tensor=1, copies=2).batch) == (8, 4, 4)
 
 
-def test_what_an_exchange_takes_is_fitted_to_half_and_corrects_the_other_half(bench: ModuleType) -> None:
+def test_what_exchanges_take_is_fitted_to_half_and_corrects_the_other_half(
+    bench: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows = [row(bench, rows=count, measured=1.0 + count / 20, exchanges=count) for count in (2, 4, 8, 16)]
     alone = row(bench, tensor=1, copies=2, exchanges=0, measured=1.1)
-    found = bench.summary([*rows, alone])
-    assert found["us_an_exchange"] == pytest.approx(50)
-    assert [one.fitted for one in rows] == [True, False, True, False] and not alone.fitted
-    assert [one.corrected for one in rows] == pytest.approx([one.measured for one in rows])
+    staged = [row(bench, rows=count, tensor=1, pipeline=2, exchanges=1, measured=2.2) for count in (2, 4)]
+    found = bench.summary([*rows, *staged, alone])
+    assert (found["us_a_sum"], found["us_a_step_handed_on"]) == (pytest.approx(50), pytest.approx(600))
+    assert [one.fitted for one in [*rows, *staged]] == [True, False] * 3 and not alone.fitted
+    assert [one.corrected for one in [*rows, *staged]] == pytest.approx([one.measured for one in [*rows, *staged]])
     assert alone.corrected == alone.predicted
-    assert found["corrected"]["mean_error_held_out"] == pytest.approx((1 - 1 / 1.1) / 3)
-    assert found["predicted"]["largest_error"] == pytest.approx(1 - 1 / 1.8)
-    assert (found["configurations"], found["held_out"]) == (5, 3)
+    assert found["corrected"]["mean_error_held_out"] == pytest.approx((1 - 1 / 1.1) / 4)
+    assert found["predicted"]["largest_error"] == pytest.approx(1 - 1 / 2.2)
+    assert (found["configurations"], found["held_out"]) == (7, 4)
+    path, other = tmp_path / "measured.json", tmp_path / "again.json"
+    path.write_text(json.dumps({"rows": [asdict(one) for one in (*rows, *staged, alone)]}), encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["planner_measured.py", "--from", str(path), "-o", str(other)])
+    bench.main()
+    assert "a step that is handed on +600 us" in capsys.readouterr().out
+    assert json.loads(other.read_text(encoding="utf-8"))["summary"] == found
 
 
 def test_regret_is_how_much_longer_the_chosen_way_takes(bench: ModuleType) -> None:
