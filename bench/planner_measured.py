@@ -9,7 +9,7 @@ latency` times steps, with random weights. What counts is the time until every r
 configuration of several ranks two numbers are fitted, the time beyond the tables that a sum over ranks takes in a chain
 of kernels, and that a step takes which one stage hands to the next; the others are held out. Printed and written:
 predicted and measured times, mean errors of both halves, and the regret: how much longer the way takes that is
-predicted to be the fastest than the one that is. `--from FILE` times nothing: what a file has is fitted and shown again.
+predicted to be the fastest than the one that is. `--from FILE` times nothing: what a file has is fitted again.
 
 `--add` keeps what the output has of other models: a model at a time may be measured. `--device cpu` runs all of it over
 gloo, to try it out; its times say nothing.

@@ -37,17 +37,16 @@ class BesideCosts:
         memory: part of the datasheet's bandwidth that decoding and cuBLAS reach.
     """
 
-    gather: float = 6.2
-    start: float = 6.0e-6
+    gather: float = 7.0
+    start: float = 4.0e-6
     cublas: float = 0.68
-    memory: float = 0.8
+    memory: float = 0.88
 
 
 COSTS = BesideCosts()
-"""Of an H200. Times of 256 and 2,048 tokens in bench/results/outliers_h200.json are fitted by 8.3 clocks for `gather`,
-7.0 since four lanes read from other banks (`layouts.outliers`); 10 % less are taken, so that no weight is decoded that
-is gathered as fast. `cublas` fits 1,597 times of 128 to 4,096 tokens in token_counts_h200.csv: it is 0.5 % too fast on
-average, and off by 7 %. `memory` is that of pruned weights."""
+"""Of an H200, fitted to times of 128 to 2,048 tokens in bench/results/outliers_h200.json, of which they choose the
+shorter one in all 20 cases. `cublas` fits 1,597 times of 128 to 4,096 tokens in token_counts_h200.csv: 0.5 % too fast on
+average, and off by 7 %."""
 
 
 def decodes_beside(problem: LinearProblem, rounds: int, chip: Chip) -> bool:
