@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from tersor.formats import Activations, get_scheme
@@ -127,3 +129,21 @@ def test_levels_with_scales_in_groups_have_tiles_with_registers_for_them() -> No
     grouped = problem((("uint3", 16), ("int8", None)), (64, 64), 512, 2048)
     assert {tile.tokens for tile in tune.tiles(grouped)} and max(tile.tokens for tile in tune.tiles(grouped)) <= 128
     assert all(tile in sm90.tiles(8) for tile in tune.tiles(grouped))
+
+
+def test_no_row_set_waits_for_ctas_because_another_cannot_be_done_sooner() -> None:
+    of = problem(INTEGERS, (12902, 1434), 4096, 16, Activations.INT8)
+    config = tune.choose(of, H200)
+    assert config.dealt == 0 and config.ctas == -(-12902 // config.tile.rows) - (-1434 // config.tile.rows)
+
+
+def test_results_that_lie_apart_take_time_and_get_ctas() -> None:
+    """Of a row set that is a tenth of all features, the more the more tokens there are."""
+    apart = problem(INTEGERS, (12902, 1434), 4096, 2048, Activations.INT8)
+    beside = replace(apart, apart=False)
+    configs = [tune.choose(one, H200) for one in (apart, beside)]
+    few = [config.shares[1].end - config.shares[0].end for config in configs]
+    assert few[0] > few[1]
+    seconds = [tune.seconds(one, config, H200) for one, config in zip((apart, beside), configs, strict=True)]
+    assert 1.02 < seconds[0] / seconds[1] < 1.3
+    assert tune.seconds(apart, configs[0], H200) <= tune.seconds(apart, configs[1], H200)

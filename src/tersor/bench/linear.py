@@ -276,7 +276,8 @@ def mixed_problem(shape: Shape, blend: Blend, n: int, activations: Activations) 
         levels=tuple(
             dense.problem_of(level, (count, shape.ic), n, activations=activations)
             for level, count in zip(blend.levels, rows, strict=True)
-        )
+        ),
+        apart=not blend.in_order,
     )
 
 

@@ -199,7 +199,7 @@ def problem_of(weight: MixedWeight, layout: str, n: int) -> tuple[tuple[Packing,
     levels = [
         LinearProblem.of(packing, (rows.get(packing.scheme, 0), ic), n, activations=activations) for packing in packings
     ]
-    return packings, tune.MixedProblem(levels=tuple(levels))
+    return packings, tune.MixedProblem(levels=tuple(levels), apart=weight.features is not None)
 
 
 class _Prepared:

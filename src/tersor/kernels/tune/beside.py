@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from tersor.hardware import Chip
-from tersor.kernels.tune import schedules
+from tersor.kernels.tune import schedules, sm90
 from tersor.kernels.tune.choice import ROUND_ROW_BYTES, choose_beside, filled
 from tersor.kernels.tune.problem import LinearProblem
 from tersor.layouts.blocks import BLOCK_OC, UNIT_OC, ic_blocks, oc_blocks
@@ -22,8 +22,6 @@ _TILE = 128
 """Rows and tokens of a tile of cuBLAS: where as many as there are multiprocessors fit, it splits no sums."""
 _ALIGNED = 8
 """Channels of 16 bytes: of rows that do not begin with them cuBLAS takes other, slower kernels."""
-_FLOPS_OF_CLOCK = 4096
-"""Of a multiprocessor's tensor cores, on 16-bit floats."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,8 +43,8 @@ class BesideCosts:
 
 COSTS = BesideCosts()
 """Of an H200, fitted to times of 128 to 2,048 tokens in bench/results/outliers_h200.json, of which they choose the
-shorter one in all 20 cases. `cublas` fits 1,597 times of 128 to 4,096 tokens in token_counts_h200.csv: 0.5 % too fast on
-average, and off by 7 %."""
+shorter one in all 20 cases. `cublas` fits 1,597 times of 128 to 4,096 tokens in token_counts_h200.csv: it is 0.5 % too
+fast on average, and off by 7 %."""
 
 
 def decodes_beside(problem: LinearProblem, rounds: int, chip: Chip) -> bool:
@@ -72,8 +70,7 @@ def gathered_seconds(problem: LinearProblem, rounds: int, chip: Chip, costs: Bes
     beside = replace(problem, scale_bytes=problem.scale_bytes + ROUND_ROW_BYTES * rounds)
     walked = _filled_rounds(rounds) * oc_blocks(problem.oc) * ic_blocks(problem.ic)
     clocks = costs.gather / 8 * problem.n * walked / chip.sms
-    clock = chip.fp16_ops / chip.sms / _FLOPS_OF_CLOCK
-    return schedules.seconds(beside, config, chip) + clocks / clock
+    return schedules.seconds(beside, config, chip) + clocks / sm90.clock(chip)
 
 
 def decoded_seconds(problem: LinearProblem, rounds: int, chip: Chip, costs: BesideCosts = COSTS) -> float:

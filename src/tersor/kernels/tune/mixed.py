@@ -43,8 +43,14 @@ _MOST_LEVELS = {Tile(128, 2, 1, 1, 1, Activations.INT8): 3}
 """Tile -> levels whose code its registers have room for beside each other, where they are few."""
 _CROWDS = (1, 2)
 """Of the CTAs that fit, at most one of so many is launched."""
+_FEW = 64
+"""Tokens of a tile whose results are not turned in shared memory (kMany of cuda/dense/sm90_pipeline.cuh)."""
 _HIDDEN = 0.5
-"""Of what a further tile costs, what a further part costs whose sums are exchanged while whole tiles come in."""
+"""Of what a further tile costs, what a further part costs whose sums are exchanged while whole tiles come in; sums of
+more than a few tokens are too many bytes for that."""
+_SECTOR_CLOCKS = 0.75
+"""Clocks of a multiprocessor that every 32 bytes take in which a warp stores some results; fitted to what mixes of 10 %
+of `int8` rows take more than a uniform weight in bench/results/mixed_int8_h200.json."""
 _STEPS, _TURNS = 32, 12
 """Numbers of CTAs that are tried for a row set: in so many steps, and as many as have so many tiles or parts each."""
 
@@ -72,9 +78,11 @@ class MixedProblem:
     Attributes:
         levels: the product with the row set of every level; of one without rows `oc` is 0. They differ in nothing else
             but bits and scales.
+        apart: whether results of a row set lie apart from each other, among those of others.
     """
 
     levels: tuple[LinearProblem, ...]
+    apart: bool = True
 
     @property
     def n(self) -> int:
@@ -93,7 +101,7 @@ class MixedProblem:
 
     def of_tokens(self, n: int) -> MixedProblem:
         """Return the same product with another number of tokens."""
-        return MixedProblem(levels=tuple(replace(level, n=n) for level in self.levels))
+        return replace(self, levels=tuple(replace(level, n=n) for level in self.levels))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,7 +198,7 @@ def asked(problem: MixedProblem, chip: Chip) -> tuple[Tile, ...]:
 def _evenly(problem: MixedProblem) -> MixedProblem:
     """Return the problem of one token where every level has as many rows."""
     rows = -(-sum(level.oc for level in problem.levels) // len(problem.levels))
-    return MixedProblem(levels=tuple(replace(level, n=1, oc=rows) for level in problem.levels))
+    return replace(problem, levels=tuple(replace(level, n=1, oc=rows) for level in problem.levels))
 
 
 @functools.lru_cache(maxsize=16384)
@@ -272,6 +280,16 @@ def _parts(left: int, blocks: int, ctas: int) -> int:
     return max(of_tile.values())
 
 
+def _stored(tile: Tile, tokens: int, share: float, chip: Chip) -> float:
+    """Return the microseconds in which a CTA stores a tile's results, of a row set that has such a share of all.
+
+    A warp stores 32 channels of one token at a time or, of few tokens, pairs of eight channels of eight: as many pieces
+    of 32 bytes, 16 channels, as these are spread over.
+    """
+    pieces = 1 + 2 / share if tile.tokens > _FEW else 8 * (1 + 0.5 / share)
+    return tokens * tile.rows / 32 * min(pieces, 32) * _SECTOR_CLOCKS / sm90.clock(chip) * 1e6
+
+
 class _Plan:
     """What a tile and a number of CTAs, in clusters, make of a problem."""
 
@@ -281,6 +299,9 @@ class _Plan:
         self.token_tiles = -(-problem.n // tile.tokens)
         self.start = sm90.start_microseconds(problem.levels[0], tile, chip)
         levels = [level for level in problem.levels if level.oc]
+        outputs = sum(level.oc for level in levels)
+        shares = [level.oc / outputs if problem.apart else 1.0 for level in levels]
+        self.stored = [_stored(tile, sm90.tile_tokens(tile, problem.n), share, chip) for share in shares]
         self.tiles = [self.token_tiles * -(-level.oc // (tile.rows * tile.cluster)) for level in levels]
         self.all_tiles = sum(self.tiles)
         self.crowd = max(len(levels), min(crowd, self.all_tiles * self.blocks))
@@ -294,18 +315,19 @@ class _Plan:
 
     def rows(self, counts: Sequence[int]) -> Iterator[tuple[int, int, int]]:
         """Yield CTAs, tiles, and how many of these are taken in turn, of each row set; the others are dealt out."""
-        for tiles, count, of_block in zip(self.tiles, counts, self.of_block, strict=True):
-            yield count, tiles, self._best(tiles, count, of_block)[1]
+        for tiles, count, *of_set in zip(self.tiles, counts, self.of_block, self.stored, strict=True):
+            yield count, tiles, self._best(tiles, count, *of_set)[1]
 
     def seconds(self, counts: Sequence[int]) -> float:
         """Return the predicted time with as many CTAs for each row set."""
-        rows = zip(self.tiles, counts, self.of_block, strict=True)
+        rows = zip(self.tiles, counts, self.of_block, self.stored, strict=True)
         return (self.start + max(self._best(*of_set)[0] for of_set in rows)) * 1e-6
 
     def busy_microseconds(self, chip: Chip) -> float:
         """Return the least time where a CTA, or a cluster, has one tile, or all have even shares of everything."""
         costs, slots = self.costs, chip.sms * self.tile.resident // self.tile.cluster
-        work = sum(tiles * of_block for tiles, of_block in zip(self.tiles, self.of_block, strict=True)) * self.blocks
+        sets = zip(self.tiles, self.of_block, self.stored, strict=True)
+        work = sum(tiles * (of_block * self.blocks + stored) for tiles, of_block, stored in sets)
         turns = -(-self.all_tiles // slots)
         exchange = self._exchange(slots, self.all_tiles) if turns == 1 else costs.item * _HIDDEN
         even = self.start + max(work / slots, self.memory) + (turns - 1) * costs.item + exchange
@@ -322,49 +344,49 @@ class _Plan:
         """Return the predicted time where a cluster of so many CTAs has each tile."""
         longest = -(-self.blocks // splits) * max(self.of_block)
         gathered = sm90.gather_microseconds(self.tile, splits, chip)
-        return (self.start + max(longest, self.memory) + gathered) * 1e-6
+        return (self.start + max(longest, self.memory) + gathered + max(self.stored)) * 1e-6
 
     def counts(self) -> list[int]:
-        """Return the CTAs of each row set: more and more for the one that would be done last, while there are some."""
+        """Return the CTAs of each row set: more and more for the one that is done last, of those that can be
+        done sooner, while there are some."""
         if self.deals:
             spare, most = self.crowd - len(self.tiles), [tiles * self.blocks for tiles in self.tiles]
             shares = (1 + spare * tiles // self.all_tiles for tiles in self.tiles)
             return [min(pair) for pair in zip(shares, most, strict=True)]
-        ways = [self._ways(tiles, of_block) for tiles, of_block in zip(self.tiles, self.of_block, strict=True)]
+        ways = [self._ways(*of_set) for of_set in zip(self.tiles, self.of_block, self.stored, strict=True)]
         at = [0] * len(ways)
         spare = self.crowd - sum(way[0][1] for way in ways)
-        while True:
-            last = max(range(len(ways)), key=lambda number: ways[number][at[number]][0])
-            if at[last] + 1 == len(ways[last]):
-                break
+        while some := [number for number, way in enumerate(ways) if at[number] + 1 < len(way)]:
+            last = max(some, key=lambda number: ways[number][at[number]][0])
             spare -= ways[last][at[last] + 1][1] - ways[last][at[last]][1]
             if spare < 0:
                 break
             at[last] += 1
         return [way[place][1] for way, place in zip(ways, at, strict=True)]
 
-    def _ways(self, tiles: int, of_block: float) -> list[tuple[float, int]]:
+    def _ways(self, tiles: int, of_block: float, stored: float) -> list[tuple[float, int]]:
         """Return times and CTAs of a row set, as many as take less time than all fewer."""
         most = min(self.crowd, tiles * self.blocks)
         tried = {*range(1, most + 1, max(1, self.crowd // _STEPS)), most}
         tried |= {count for turns in range(1, _TURNS) for count in (-(-tiles // turns), turns * tiles) if count <= most}
         found: list[tuple[float, int]] = []
         for count in sorted(tried):
-            time = self._best(tiles, count, of_block)[0]
+            time = self._best(tiles, count, of_block, stored)[0]
             if not found or time < found[-1][0]:
                 found.append((time, count))
         return found
 
-    def _best(self, tiles: int, ctas: int, of_block: float) -> tuple[float, int]:
+    def _best(self, tiles: int, ctas: int, of_block: float, stored: float) -> tuple[float, int]:
         """Return the least time of a row set, in microseconds, and its whole tiles."""
         costs, blocks = self.costs, self.blocks
         turns, rest = -(-tiles // ctas), tiles % ctas
-        more = (turns - 1) * costs.item
+        more = (turns - 1) * costs.item + turns * stored
         in_turn = max(turns * blocks * of_block, self.memory) + more
         if not rest or rest * blocks < ctas:
             return in_turn, tiles
         length = (turns - 1) * blocks + -(-rest * blocks // ctas)
-        exchange = self._exchange(ctas, rest) if turns == 1 else costs.item * _HIDDEN  # ahead of whole tiles
+        hidden = turns > 1 and self.tile.tokens <= _FEW  # ahead of whole tiles
+        exchange = costs.item * _HIDDEN if hidden else self._exchange(ctas, rest)
         dealt = max(length * of_block, self.memory) + more + exchange
         return (dealt, tiles - rest) if self.deals or dealt < in_turn else (in_turn, tiles)
 

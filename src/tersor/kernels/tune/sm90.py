@@ -317,6 +317,11 @@ def bytes_of_block(problem: LinearProblem, tile: Tile) -> float:
     return weights + _X_FROM_L2 * tile_tokens(tile, problem.n) * BLOCK_IC * problem.activations.bits / 8
 
 
+def clock(chip: Chip) -> float:
+    """Return the clocks a second of a chip's multiprocessors, by the peak of their tensor cores."""
+    return chip.fp16_ops / chip.sms / _FLOPS_OF_CLOCK
+
+
 def bytes_a_microsecond(tile: Tile, chip: Chip) -> tuple[float, float]:
     """Return the bytes a microsecond that a chip takes with a tile, and that one of its multiprocessors takes at the
     most, beside others that take less."""
@@ -324,6 +329,8 @@ def bytes_a_microsecond(tile: Tile, chip: Chip) -> tuple[float, float]:
     return everywhere, everywhere * _SHARE[tile.resident] / chip.sms
 
 
+_FLOPS_OF_CLOCK = 4096
+"""Of a multiprocessor's tensor cores, on 16-bit floats."""
 _MOST_SCALE_GROUPS = {
     Tile(16, 2, 1, 1, 2): 1,
     Tile(32, 1, 4, 1, 1): 2,
