@@ -179,7 +179,8 @@ def test_slices_are_whole_tiles_that_fill_multiprocessors() -> None:
         rows, tiles = tune.slice_rows(oc, ic, places, H200), -(-oc // 256)
         ctas = 4 * (places or tiles) * rows // (256 * tiles)
         assert rows % 256 == 0 and (rows >= oc or ctas >= H200.sms)
-        assert rows <= 256 * tiles and rows * ic * 2 <= max(64 << 20, oc * ic * 2 // 3 + 512 * ic)
+        assert rows <= 256 * tiles and rows * ic * 2 <= max(256 << 20, oc * ic * 2 // 3) + 512 * ic
+        assert (rows >= oc) == (oc * ic * 2 <= 256 << 20)
 
 
 def test_places_are_multiprocessors_or_fewer_where_there_is_little_to_do() -> None:

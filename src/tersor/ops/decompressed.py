@@ -20,7 +20,7 @@ from tersor.layouts.sparse_packing import SparsePacking
 from tersor.layouts.sparse_tiles import places_of
 from tersor.ops import current, dequantized
 
-_SCRATCH_BYTES = 64 << 20
+_SCRATCH_BYTES = 256 << 20
 """Decoded weights held at a time of a weight as it is stored."""
 _ALIGNED = 8
 """Channels of 16 bytes: of rows that do not begin with them, cuBLAS splits sums all the same, and rounds the parts."""
