@@ -69,7 +69,7 @@ _TILE_ROWS = CUT_UNITS * UNIT_OC
 """Rows that are cut in the same blocks."""
 _SCRATCH_BYTES = 256 << 20
 """Decoded weights held at a time for a product by cuBLAS, where that is enough for all multiprocessors; of a larger
-weight slices of rows that are about even. With a quarter of it, seven slices of 28672x7168 took 337 us for 128 tokens."""
+weight slices of rows that are about even. With a quarter, seven slices of 28672x7168 took 337 us for 128 tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
