@@ -33,12 +33,14 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "planning.md"
 def steps() -> Iterator[tuple[str, dict[str, Any], float]]:
     """Yield every measured step with 16-bit activations: its file, its row, and the milliseconds predicted.
 
-    Results of pruned weights and of layers that stream are left out, of which there are no plans.
+    Results of pruned weights and of layers that stream are left out, of which there are no plans, and those of several
+    GPUs (`planner_measured.py`).
     """
     chip = chip_named("h200")
     for path in sorted(RESULTS.glob("latency_h200*.json")):
         found = json.loads(path.read_text(encoding="utf-8"))
-        if found["activations"] == "16bit" and not any(_unplanned(row) for row in found["rows"]):
+        alone = "placement" not in found and found["activations"] == "16bit"
+        if alone and not any(_unplanned(row) for row in found["rows"]):
             for row in found["rows"]:
                 yield path.stem, row | {"kv_dtype": found["kv_dtype"]}, predicted(row, found, chip) * 1e3
 

@@ -89,4 +89,6 @@ def test_what_cannot_be_timed_is_one_line(model: Path, capsys: pytest.CaptureFix
     assert "leave out --head-format" in refused("--plan", plan, "--head-format", "fp6")
     two = str(planned(model, "--pipeline-parallel", "1", "--copies", "2"))
     capsys.readouterr()
-    assert "the placement is of 2 copies of the model: an engine is one of them" in refused("--plan", two)
+    assert "the placement is of 2 copies of a model: an engine is one, tersor serve and batch run all" in refused(
+        "--plan", two
+    )

@@ -103,7 +103,7 @@ def test_an_engine_has_its_placement_from_axes_or_from_one_that_is_given(tmp_pat
         assert found.placement == given and found.ranks == 2 and found.placed(9) == given
     with pytest.raises(InputError, match="expert_parallel is 2, and a placement says it all"):
         EngineConfig(placement=given, expert_parallel=2)
-    with pytest.raises(InputError, match="the placement is of 3 copies of the model"):
+    with pytest.raises(InputError, match="the placement is of 3 copies of a model: an engine is one"):
         EngineConfig(placement=replace(given, data=3))
     with pytest.raises(InputError, match="pipeline_parallel is 0: it must be at least 1"):
         EngineConfig(pipeline_parallel=0)

@@ -232,7 +232,7 @@ def test_row_sets_of_one_launch_have_one_tile_and_ctas_by_what_they_cost(tokens:
         assert many + few == configs[0].ctas and many >= few > 0, "nine of ten rows, of half as many bits"
     assert len({config.tile.tokens for configs in chosen for config in configs}) == 1
     apart = sum(tune.predicted_seconds((up,), (down,), CHIP) for up, down in zip(ups, downs, strict=True))
-    assert 0.5 * apart < experts_seconds(ups, downs, CHIP) < 1.05 * (apart + 2 * GATHERED), "nothing is gathered"
+    assert 0.5 * apart < experts_seconds(ups, downs, CHIP) < 1.1 * (apart + 2 * GATHERED), "nothing is gathered"
 
 
 def test_row_sets_are_launches_of_their_own_elsewhere() -> None:
