@@ -72,7 +72,7 @@ def main() -> None:
         sources = {decode_attention.decode_source(kind, tiles, chip, shares) for shares in (False, True)}
         sources.add(shared_attention.shared_source(kind, chip))
     jit.compile_many(list(sources), jit.arch_for(torch.cuda.get_device_capability()), os.cpu_count())
-    gpu = torch.cuda.get_device_name().split()[-1].lower()
+    gpu = results_file.gpu()
     about = {"heads": form.heads, "kv_heads": form.kv_heads, "head_dim": form.head_dim, "pages": arguments.pages}
     if arguments.groups:
         with torch.inference_mode():

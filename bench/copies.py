@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import results_file
-import torch
 from written import written
 
 from tersor.bench import random_checkpoint, workloads
@@ -53,7 +52,7 @@ def main() -> None:
             print("  ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
     model = given.geometry if given.geometry in GEOMETRIES else Path(given.geometry).name
     found = {"model": model, "format": given.format, "workload": made.settings, "rows": rows}
-    gpu = torch.cuda.get_device_name().split()[-1].lower() if torch.cuda.is_available() else "cpu"
+    gpu = results_file.gpu()
     print(f"written to {results_file.write(given.name or f'copies_{gpu}', found)}")
 
 

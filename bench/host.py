@@ -52,7 +52,7 @@ def main() -> None:
             row["fresh"] = round(fresh(weight), 1)
             rows.append(row)
             print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
-    gpu = torch.cuda.get_device_name().split()[-1].lower()
+    gpu = results_file.gpu()
     path = results_file.write(f"host_{gpu}", {"oc": OC, "ic": IC, "format": arguments.format, "rows": rows})
     print(f"written to {path}")
 

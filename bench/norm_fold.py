@@ -54,7 +54,7 @@ def main() -> None:
                 )
             del made
             torch.cuda.empty_cache()
-    gpu = torch.cuda.get_device_name().split()[-1].lower()
+    gpu = results_file.gpu()
     about = {"format": arguments.format, "dtype": arguments.dtype}
     print(f"written to {results_file.write(f'norm_fold_{gpu}', {**about, 'rows': found})}")
 

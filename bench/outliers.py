@@ -117,8 +117,7 @@ def main() -> None:
     for name, percent, (oc, ic) in itertools.product(given.formats.split(","), given.percent.split(","), shapes):
         of = replace(parse_scheme(name, None, None, "--formats"), outliers=Outliers(float(percent), "bfloat16"))
         rows += measure(of, (oc, ic), tokens, given.ways.split(","))
-    name = torch.cuda.get_device_name().split()[-1].lower()
-    print(results_file.write(f"outliers_{name}", {"kind": "outliers", "rows": rows}))
+    print(results_file.write(f"outliers_{results_file.gpu()}", {"kind": "outliers", "rows": rows}))
 
 
 if __name__ == "__main__":

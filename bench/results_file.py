@@ -21,6 +21,13 @@ def write(name: str, result: dict[str, Any]) -> Path:
     return path
 
 
+def gpu() -> str:
+    """Return what stands for this machine's GPU in a file's name, such as `h200`; without one that is `cpu`."""
+    import torch
+
+    return torch.cuda.get_device_name().split()[-1].lower() if torch.cuda.is_available() else "cpu"
+
+
 def read(name: str) -> dict[str, Any]:
     """Return what `write` has written."""
     found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))

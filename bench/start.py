@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import results_file
-import torch
 from written import written
 
 WARM = 2
@@ -62,7 +61,7 @@ def main() -> None:
         print("  ".join(f"{name} {value}" for name, value in row.items()), flush=True)
     name = arguments.geometry if arguments.checkpoint is None else checkpoint.name
     found = {"model": name, "format": arguments.format, "options": json.loads(arguments.options), "rows": rows}
-    gpu = torch.cuda.get_device_name().split()[-1].lower() if torch.cuda.is_available() else "cpu"
+    gpu = results_file.gpu()
     print(f"written to {results_file.write(f'start_{gpu}', found)}")
 
 

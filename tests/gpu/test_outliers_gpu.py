@@ -180,7 +180,7 @@ def test_a_decoded_weight_has_its_numbers_rounded_once_and_outliers_exactly(dtyp
 
 @needs_hopper
 def test_prompts_are_decoded_in_slices_and_in_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(beside, "_SCRATCH_BYTES", 1 << 20)
+    monkeypatch.setattr(beside, "SCRATCH_BYTES", 1 << 20)
     monkeypatch.setattr(tune, "decodes_beside", lambda problem, rounds, chip: problem.n > 64)
     ops.prepared.forget()
     weight, x = (

@@ -137,7 +137,7 @@ def test_slices_are_decoded_for_cublas(
     values: str, places: int, monkeypatch: pytest.MonkeyPatch, launched: list[str]
 ) -> None:
     monkeypatch.setattr(tune, "fused", lambda problem, chip: False)
-    monkeypatch.setattr(tune, "_SCRATCH_BYTES", 1 << 20)
+    monkeypatch.setattr(tune, "SCRATCH_BYTES", 1 << 20)
     dtype = torch.float16
     chosen = Plain("float16") if values == "plain" else get_scheme(values)
     weight, decoded = pruned.sparse(pruned.random(9000, 1001) / 32, skewed_mask(9000, 1001), chosen)

@@ -173,7 +173,7 @@ def test_products_of_a_decoded_weight_have_bias_residual_and_gate(
         return Emulated(source, tmp_path, 900)
 
     monkeypatch.setattr(jit, "get", get)
-    monkeypatch.setattr(beside, "_SCRATCH_BYTES", 2 * 80 * ic)  # slices of 64 rows
+    monkeypatch.setattr(beside, "SCRATCH_BYTES", 2 * 80 * ic)  # slices of 64 rows
     x, bias, residual = (torch.randn(size, generator=generator).to(dtype) for size in ((3, 4, ic), (oc,), (3, 4, oc)))
     exact, eps = x.double() @ weight.dequantize().to(dtype).double().T, torch.finfo(dtype).eps
     for own_bias, added in ((None, None), (bias, None), (None, residual)):
@@ -192,7 +192,7 @@ def test_a_slice_overwrites_the_last_one_and_memory_is_that_of_one_and_torchs(
     """So that graphs take it from their own, and an engine's plan counts it when it measures a step."""
     weight, x = weight_of("int4", 64, "1%", "float16", (300, 256), False), torch.randn(9, 256).half()
     assert weight.arranged is not None
-    monkeypatch.setattr(beside, "_SCRATCH_BYTES", 2 * 100 * 256)
+    monkeypatch.setattr(beside, "SCRATCH_BYTES", 2 * 100 * 256)
     with gpu.capturing(1) if captured else nullcontext():
         ops.linear(x, weight)
     assert not gpu.memory and {launch.kernel for launch in gpu.launches} == {"tersor_dequantize_int4_float16_beside3"}

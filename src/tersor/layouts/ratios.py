@@ -57,9 +57,7 @@ def whole_numbers(
         scale, zero_point, scheme: as in `row_terms`.
     """
     terms = row_terms(scale, zero_point, scheme)
-    exact = (
-        scale_values(scale, scheme).double() * terms[:, 1:].double()
-    )  # of float32 numbers, so nothing is rounded yet
+    exact = scale_values(scale, scheme).double() * terms[:, 1:].double()  # of float32: nothing is rounded yet
     ratios, group_size = exact.nan_to_num(0, 0, 0).round().to(torch.int32), scheme.group_size or codes.shape[1]
     zeros = _zero(scale, zero_point, scheme).expand_as(ratios)
     ratios, zeros = (each.repeat_interleave(group_size, dim=1)[:, : codes.shape[1]] for each in (ratios, zeros))

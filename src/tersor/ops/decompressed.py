@@ -13,15 +13,13 @@ from tersor import hardware
 from tersor.formats import Sparse
 from tersor.kernels import dense, jit
 from tersor.kernels import sparse as kernels
+from tersor.kernels.tune import SCRATCH_BYTES, splits_sums
 from tersor.kernels.tune import sparse as tune
-from tersor.kernels.tune import splits_sums
 from tersor.layouts.blocks import UNIT_OC
 from tersor.layouts.sparse_packing import SparsePacking
 from tersor.layouts.sparse_tiles import places_of
 from tersor.ops import current, dequantized
 
-_SCRATCH_BYTES = 256 << 20
-"""Decoded weights held at a time of a weight as it is stored."""
 _ALIGNED = 8
 """Channels of 16 bytes: of rows that do not begin with them, cuBLAS splits sums all the same, and rounds the parts."""
 
@@ -120,7 +118,7 @@ def stored_slices(
     """Yield the same of a weight as it is stored, in a 16-bit dtype; tensors are those of a `SparseWeight`."""
     oc, index = mask.shape[0], mask.get_device()
     function = jit.get(kernels.stored_source(sparse, str(dtype).removeprefix("torch.")), index)
-    height = min(oc, max(1, _SCRATCH_BYTES // (2 * ic * UNIT_OC)) * UNIT_OC)
+    height = min(oc, max(1, SCRATCH_BYTES // (2 * ic * UNIT_OC)) * UNIT_OC)
     scratch = torch.empty(height, ic, dtype=dtype, device=mask.device)
     for first in range(0, oc, height):
         rows = min(height, oc - first)

@@ -77,7 +77,7 @@ def of_codes(
     if activations.group_size is not None:
         wide = activations.dequantize(codes, token_scale)
         return _blocks(wide, None, dtype, weight, bias, residual, gate, one_by_one)
-    whole = codes.dtype == torch.int8 and (weight.scheme.group_size is None or weight.packing.by_ratios)
+    whole = codes.dtype == torch.int8 and weight.packing.sums_in_block == 0
     return _blocks(codes.to(torch.float32), token_scale, dtype, weight, bias, residual, gate, one_by_one, whole)
 
 

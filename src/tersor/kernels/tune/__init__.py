@@ -1,6 +1,6 @@
 """Which tile for this shape on this chip? Pure functions from a problem to a configuration, and measured choices."""
 
-from tersor.kernels.tune.beside import decodes_beside, slice_rows, splits_sums
+from tersor.kernels.tune.beside import SCRATCH_BYTES, decodes_beside, slice_rows, splits_sums
 from tersor.kernels.tune.choice import (
     MOST_NORMED,
     ROUND_ROW_BYTES,
@@ -19,6 +19,7 @@ from tersor.kernels.tune.schedules import candidates, fused, launched, predict, 
 __all__ = [
     "MOST_NORMED",
     "ROUND_ROW_BYTES",
+    "SCRATCH_BYTES",
     "SM80",
     "SM90",
     "LinearConfig",

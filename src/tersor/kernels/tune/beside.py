@@ -14,7 +14,7 @@ from tersor.kernels.tune.choice import ROUND_ROW_BYTES, choose_beside, filled
 from tersor.kernels.tune.problem import LinearProblem
 from tersor.layouts.blocks import BLOCK_OC, UNIT_OC, ic_blocks, oc_blocks
 
-_SCRATCH_BYTES = 256 << 20
+SCRATCH_BYTES = 256 << 20
 """Decoded weights held at a time: of a larger weight slices of rows that are about even."""
 _GATHERED_TOKENS = 64
 """Up to so many tokens outliers are gathered: the bytes of a decoded weight alone take longer."""
@@ -87,8 +87,8 @@ def decoded_seconds(problem: LinearProblem, rounds: int, chip: Chip, costs: Besi
 
 def slice_rows(oc: int, ic: int) -> int:
     """Return the rows of a weight that are decoded at a time: whole units, or all."""
-    slices = -(-2 * oc * ic // _SCRATCH_BYTES)
-    return min(oc, -(-oc // max(1, slices) // UNIT_OC) * UNIT_OC) if slices > 1 else oc
+    slices = -(-2 * oc * ic // SCRATCH_BYTES)
+    return min(oc, -(-oc // slices // UNIT_OC) * UNIT_OC) if slices > 1 else oc
 
 
 def splits_sums(rows: int, n: int, chip: Chip) -> bool:

@@ -319,7 +319,7 @@ def bytes_of_block(problem: LinearProblem, tile: Tile) -> float:
 
 def clock(chip: Chip) -> float:
     """Return the clocks a second of a chip's multiprocessors, by the peak of their tensor cores."""
-    return chip.fp16_ops / chip.sms / _FLOPS_OF_CLOCK
+    return chip.fp16_ops / chip.sms / FLOPS_OF_CLOCK
 
 
 def bytes_a_microsecond(tile: Tile, chip: Chip) -> tuple[float, float]:
@@ -329,7 +329,7 @@ def bytes_a_microsecond(tile: Tile, chip: Chip) -> tuple[float, float]:
     return everywhere, everywhere * _SHARE[tile.resident] / chip.sms
 
 
-_FLOPS_OF_CLOCK = 4096
+FLOPS_OF_CLOCK = 4096
 """Of a multiprocessor's tensor cores, on 16-bit floats."""
 _MOST_SCALE_GROUPS = {
     Tile(16, 2, 1, 1, 2): 1,

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from tersor.hardware import Chip
+from tersor.kernels.tune import sm90
+from tersor.kernels.tune.beside import SCRATCH_BYTES
 from tersor.kernels.tune.sparse_tile import (
     FEW,
     TOKENS,
@@ -38,7 +40,6 @@ __all__ = [
     "asked",
     "candidates",
     "choose",
-    "clock",
     "compute_seconds",
     "config",
     "cublas_seconds",
@@ -57,8 +58,6 @@ __all__ = [
 
 _LEAST_BLOCKS = (1, 2, 4, 8)
 """Blocks that a place has at least: how many places there may be, but for a multiprocessor each."""
-_FLOPS_OF_CLOCK = 4096
-"""Of a multiprocessor's tensor cores, on 16-bit floats."""
 _COUNTED = 1024
 """Weights of which instructions and clocks are counted: a warp's of half a block."""
 _TOKEN_STEP = 32
@@ -67,9 +66,6 @@ _USUAL_DENSITY, _USUAL_TOKENS, _USUAL_INSTRUCTIONS, _WIDE_INSTRUCTIONS = 0.5, 16
 """What places are chosen for; the last of values of 16 bits."""
 _TILE_ROWS = CUT_UNITS * UNIT_OC
 """Rows that are cut in the same blocks."""
-_SCRATCH_BYTES = 256 << 20
-"""Decoded weights held at a time for a product by cuBLAS, where that is enough for all multiprocessors; of a larger
-weight slices of rows that are about even. With a quarter, seven slices of 28672x7168 took 337 us for 128 tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -193,10 +189,10 @@ def compute_seconds(problem: SparseProblem, config: SparseConfig, chip: Chip, co
         (problem.instructions + tile.tokens / 8) / costs.issue * together,
         costs.latency / (4 * tile.row_groups * active) * together,
         costs.shared[problem.bits == 16] + tile.tokens / 4,
-        2 * _COUNTED * tile.tokens / _FLOPS_OF_CLOCK / costs.tensor / (1 + problem.bytewise),
+        2 * _COUNTED * tile.tokens / sm90.FLOPS_OF_CLOCK / costs.tensor / (1 + problem.bytewise),
         2 * BLOCK_IC * tile.tokens / counted / costs.l2 / (1 + problem.bytewise),
     )
-    total = costs.start + _busiest(problem, config, chip) * _UNIT_COUNTS * clocks / clock(chip)
+    total = costs.start + _busiest(problem, config, chip) * _UNIT_COUNTS * clocks / sm90.clock(chip)
     token_tiles = tile.token_tiles(problem.n)
     if not config.places:
         return total + costs.item * math.ceil(-(-problem.oc // tile.rows) * token_tiles / config.ctas)
@@ -222,10 +218,14 @@ def decompress_seconds(problem: SparseProblem, chip: Chip, costs: SparseCosts = 
 
 
 def slice_rows(oc: int, ic: int, places: int, chip: Chip) -> int:
-    """Return the rows that are decoded at a time: whole tiles, of which every multiprocessor has a CTA's, or all."""
+    """Return the rows that are decoded at a time: whole tiles, of which every multiprocessor has a CTA's, or all.
+
+    Slices are about even, of `SCRATCH_BYTES` where that is enough for all multiprocessors. With a quarter of it, seven
+    slices of 28672x7168 took 337 us for 128 tokens.
+    """
     tiles = -(-oc // _TILE_ROWS)
     ctas = CUT_UNITS * (places or tiles)  # of all rows
-    least, slices = -(-tiles * chip.sms // ctas), -(-2 * oc * ic // _SCRATCH_BYTES)
+    least, slices = -(-tiles * chip.sms // ctas), -(-2 * oc * ic // SCRATCH_BYTES)
     return _TILE_ROWS * min(tiles, max(least, -(-tiles // slices)))
 
 
@@ -258,18 +258,13 @@ def places(oc: int, ic: int, bits: int, chip: Chip) -> int:
 def least_bytes(bits: int, chip: Chip, costs: SparseCosts = COSTS) -> int:
     """Return the bytes that memory brings a multiprocessor as it expands a unit's block of values of so many bits."""
     instructions = _USUAL_INSTRUCTIONS if bits == 8 else _WIDE_INSTRUCTIONS
-    expanding = _UNIT_COUNTS * instructions / costs.issue / clock(chip)
+    expanding = _UNIT_COUNTS * instructions / costs.issue / sm90.clock(chip)
     return round(expanding * chip.bandwidth * costs.memory * costs.share / chip.sms)
 
 
 def stored_bits(density: float, bits: int, oc: int, places: int) -> float:
     """Return about the bits in memory of a weight of which such a part is left, of values of so many bits."""
     return 1 + density * bits * (1.03 + COSTS.run * places / -(-oc // _TILE_ROWS))
-
-
-def clock(chip: Chip) -> float:
-    """Return the clocks per second that a chip's peak is stated for."""
-    return chip.fp16_ops / chip.sms / _FLOPS_OF_CLOCK
 
 
 def asked(problem: SparseProblem, chip: Chip) -> set[SparseTile]:
