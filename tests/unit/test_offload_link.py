@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.cuda import _get_device_index
 
+from tersor.offload import pinned
+from tersor.offload.disk import DiskStore
 from tersor.offload.host import HostStore
 from tersor.offload.image import Image
 from tersor.offload.link import Link
@@ -41,6 +45,9 @@ class Gpu:
         class Event:
             made = 0
 
+            def synchronize(self) -> None:
+                pass
+
             def record(self, stream: Stream) -> None:
                 Event.made += 1
                 self.number = Event.made
@@ -63,6 +70,8 @@ class Gpu:
             gpu.said.append((gpu.inside[-1], "runs a barrier"))
             return add(one, number)
 
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+        monkeypatch.setattr(torch.cuda, "set_device", lambda device: _get_device_index(device))  # as torch does
         monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream(COPIES))
         monkeypatch.setattr(torch.cuda, "Event", Event)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream(CURRENT))
@@ -93,6 +102,36 @@ def test_a_copy_waits_for_what_was_launched_and_readers_wait_for_it_behind_a_bar
         (CURRENT, "runs a barrier"),
     ]
     assert torch.equal(image.views(slot)[0], tensor)
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("name", ["cuda", "cuda:1"])
+def test_a_disk_fills_the_slots_of_a_gpu_that_is_named_with_a_number_or_without(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu, allocate = Gpu(monkeypatch), pinned.allocate
+    monkeypatch.setattr(pinned, "allocate", lambda nbytes, device: allocate(nbytes, torch.device("cpu")))
+    store = DiskStore(tmp_path, torch.device(name), chunk=4096, buffers=3)
+    tensor = torch.arange(5000)
+    image = Image.of([tensor])
+    store.add(image, [tensor])
+    slot = torch.zeros(image.nbytes, dtype=torch.uint8)
+    store.serve([slot])
+    gpu.said.clear()
+    for _ in range(2):
+        store.wait(store.load(0, 0))
+        assert torch.equal(image.views(slot)[0], tensor)
+        first, *copies = [said for said in gpu.said if said[1] in ("waits for", "copies")]
+        assert first[:2] == (COPIES, "waits for") and copies[-1][:2] == (CURRENT, "waits for")
+        assert copies[:-1] == [(COPIES, "copies", 4096)] * (image.nbytes // 4096)
+        gpu.said.clear()
+        slot.zero_()
+
+
+def test_a_gpu_without_a_number_is_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    Gpu(monkeypatch)
+    assert Link(torch.device("cuda")).device == torch.device("cuda", 3)
+    assert Link(torch.device("cuda", 1)).device == torch.device("cuda", 1)
 
 
 def test_the_host_waits_for_copies_where_it_asks_for_that(monkeypatch: pytest.MonkeyPatch) -> None:

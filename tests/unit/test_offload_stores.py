@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from tersor.offload.choice import Room, streaming, taken
 from tersor.offload.disk import DiskStore
 from tersor.offload.host import HostStore
 from tersor.offload.image import ALIGNED, BLOCK, Image
+from tersor.offload.link import Link
 from tersor.offload.streamer import Streamer
 
 CPU = torch.device("cpu")
@@ -131,6 +133,82 @@ def test_a_disk_that_fails_to_be_read_is_one_line_for_whoever_waits(
     broken[0] = False
     store.wait(store.load(1, 1))
     assert holds(slots[1], images[1], 1)
+
+
+def breaking(store: DiskStore, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have a call of one of a store's threads fail, with a text of two lines, behind a few that do not."""
+    place: Any = ThreadPoolExecutor if what == "submit" else store._link
+    call, calls = getattr(place, what), itertools.count()
+
+    def fails(*arguments: Any) -> Any:
+        if next(calls) >= 2:
+            raise RuntimeError("no such thing\nnor another")
+        return call(*arguments)
+
+    monkeypatch.setattr(place, what, fails)
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("what", ["mark", "submit"])
+def test_a_thread_that_fails_is_one_line_for_all_who_wait_and_the_other_one_ends(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disk, "_LOOK", 0.01)
+    store = DiskStore(tmp_path, CPU, chunk=BLOCK, buffers=3, threads=2)  # fewer than an image has
+    filled(store, 3)
+    threads = [store._feeds[0]._ahead, store._feeds[0]._sending]
+    breaking(store, what, monkeypatch)
+    asked = [store.load(image, 0) for image in (2, 1, 0)]
+    asked.append(store.load(2, 1))
+    for ticket in reversed(asked):
+        with pytest.raises(TersorError, match=r"offload: .*: weights cannot be read: no such thing$"):
+            store.wait(ticket)
+    for thread in threads:
+        thread.join(10)
+        assert not thread.is_alive()
+    with pytest.raises(TersorError, match=r"no such thing$"):
+        store.wait(store.load(0, 0))
+    del store
+    gc.collect()
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("seed", range(4))
+def test_many_stores_of_slow_disks_and_links_that_fail_at_times_answer_all_tickets_in_any_order(
+    seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, chance = disk._read, random.Random(seed)
+
+    def unsure(*arguments: Any) -> None:
+        time.sleep(chance.choice((0, 0, 0.0005)))
+        if chance.random() < 0.01:
+            raise OSError(5, "Input/output error")
+        read(*arguments)
+
+    class Came:
+        def synchronize(self) -> None:
+            time.sleep(chance.choice((0, 0.0005)))
+
+    monkeypatch.setattr(disk, "_read", unsure)
+    monkeypatch.setattr(Link, "mark", lambda self: Came())
+    stores = [DiskStore(tmp_path, CPU, chunk=BLOCK, buffers=chance.randrange(3, 9), threads=3) for _ in range(6)]
+    images = [filled(store, 3) for store in stores]
+    came = failed = 0
+    for _ in range(8):
+        asked = [(number, image, slot) for number in range(6) for slot, image in enumerate(chance.sample(range(3), 2))]
+        chance.shuffle(asked)
+        under_way = [(*one, stores[one[0]].load(one[1], one[2])) for one in asked]
+        chance.shuffle(under_way)
+        for number, image, slot, ticket in under_way:
+            try:
+                stores[number].wait(ticket)
+            except TersorError as error:
+                assert "Input/output error" in str(error)
+                failed += 1
+                continue
+            assert holds(images[number][1][slot], images[number][0][image], image)
+            came += 1
+    assert came + failed == 8 * 12 and came and failed
 
 
 def test_a_file_system_without_direct_reads_is_read_through_its_cache_and_says_so(

@@ -15,10 +15,11 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -35,6 +36,8 @@ THREADS = 8
 """A disk is fast when it is asked for much at once."""
 _ON_THEIR_WAY = 2
 """Chunks that are copied to the device while the next is waited for."""
+_LOOK = 0.5
+"""Seconds of waiting after which it is asked whether anybody is there who ends it."""
 
 
 @dataclass(slots=True)
@@ -96,7 +99,7 @@ class DiskStore:
         self.where = f"a file in {directory}" + ("" if self.direct else ", through the page cache")
         self._feeds: list[_Feed] = []  # one, once images are served
         weakref.finalize(self, _close, self._file, self._feeds)
-        ring = pinned.allocate(chunk * buffers, device)
+        ring = pinned.allocate(chunk * buffers, self._link.device)
         self._ring = [ring[first : first + chunk] for first in range(0, len(ring), chunk)]
         self._memory, self._threads, self._end = ring, threads, 0  # the whole is pinned as long as it is held
         self._images: list[tuple[int, int]] = []
@@ -184,11 +187,13 @@ class DiskStore:
         """Wait until a slot's last chunk was read, and let what is launched from now on wait for its copy.
 
         Raises:
-            TersorError: the disk does not give it.
+            TersorError: the disk does not give it, or who sends it on has failed.
         """
-        mark.issued.wait()
+        while not mark.issued.wait(_LOOK):
+            if not self._feeds[0].sends() and not mark.issued.is_set():
+                raise self._failed(self._feeds[0].error)
         if mark.error is not None:
-            raise TersorError(f"offload: {self._directory}: weights cannot be read: {mark.error}") from mark.error
+            raise self._failed(mark.error)
         self._link.wait(mark.event)
 
     def now(self) -> Ticket:
@@ -197,24 +202,42 @@ class DiskStore:
         ticket.issued.set()
         return ticket
 
+    def _failed(self, error: BaseException | None) -> TersorError:
+        """Return the error of who waits: the first line of another one, which is its cause."""
+        why = "nobody reads them any more" if error is None else str(error).partition("\n")[0] or type(error).__name__
+        failed = TersorError(f"offload: {self._directory}: weights cannot be read: {why}")
+        failed.__cause__ = error
+        return failed
+
 
 class _Feed:
-    """Two threads: one has chunks read ahead into what is free of the ring, the other sends them on, in order."""
+    """Two threads: one has chunks read ahead into what is free of the ring, the other sends them on, in order.
+
+    Where one ends, the other does.
+
+    Attributes:
+        tickets: of slots to be filled; `None` ends the threads behind those ahead of it.
+        error: why a thread ended before it was to.
+    """
 
     def __init__(self, file: int, ring: Sequence[torch.Tensor], link: Link, threads: int) -> None:
         assert len(ring) > _ON_THEIR_WAY
         self.tickets: queue.SimpleQueue[Ticket | None] = queue.SimpleQueue()
-        self._file, self._link = file, link
+        self.error: BaseException | None = None
+        self._file, self._link, self._count = file, link, threads
         self._chunk = len(ring[0])
-        self._free: queue.SimpleQueue[torch.Tensor] = queue.SimpleQueue()
+        self._free: queue.SimpleQueue[torch.Tensor | None] = queue.SimpleQueue()
         for buffer in ring:
             self._free.put(buffer)
         self._reads: queue.SimpleQueue[tuple[Ticket, int, torch.Tensor, Future[None]] | None] = queue.SimpleQueue()
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="offload-read")
-        self._ahead = threading.Thread(target=self._read_ahead, name="offload-ahead", daemon=True)
-        self._sending = threading.Thread(target=self._send, name="offload-send", daemon=True)
+        self._ahead = self._thread("offload-ahead", self._read_ahead, self._reads)
+        self._sending = self._thread("offload-send", self._send, self._free)
         self._ahead.start()
         self._sending.start()
+
+    def sends(self) -> bool:
+        """Whether the thread is there that tickets wait for."""
+        return self._sending.is_alive()
 
     def stop(self) -> None:
         """End the threads, behind what was asked for."""
@@ -223,20 +246,29 @@ class _Feed:
             if thread is not threading.current_thread():  # which the collector may have chosen
                 thread.join()
 
+    def _thread(self, name: str, work: Callable[[], None], taken: queue.SimpleQueue[Any]) -> threading.Thread:
+        """Return a thread that keeps why its work failed, and ends the other one, which takes from a queue."""
+
+        def run() -> None:
+            try:
+                work()
+            except BaseException as error:
+                self.error = self.error or error
+            finally:
+                taken.put(None)
+
+        return threading.Thread(target=run, name=name, daemon=True)
+
     def _read_ahead(self) -> None:
-        while (ticket := self.tickets.get()) is not None:
-            for start in range(0, ticket.nbytes, self._chunk):
-                buffer = self._free.get()[: ticket.nbytes - start]
-                try:
-                    read = self._pool.submit(_read, self._file, buffer, ticket.offset + start)
-                except RuntimeError as error:  # the interpreter ends: nobody waits any more
-                    ticket.error = error
-                    ticket.issued.set()
-                    self._reads.put(None)
-                    return
-                self._reads.put((ticket, start, buffer, read))
-        self._reads.put(None)
-        self._pool.shutdown()
+        with ThreadPoolExecutor(self._count, thread_name_prefix="offload-read") as pool:
+            while (ticket := self.tickets.get()) is not None:
+                for start in range(0, ticket.nbytes, self._chunk):
+                    whole = self._free.get()
+                    if whole is None:
+                        return
+                    buffer = whole[: ticket.nbytes - start]
+                    read = pool.submit(_read, self._file, buffer, ticket.offset + start)
+                    self._reads.put((ticket, start, buffer, read))
 
     def _send(self) -> None:
         if self._link.device.type == "cuda":

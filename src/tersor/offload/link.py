@@ -9,10 +9,12 @@ class Link:
     """A stream of copies.
 
     Attributes:
-        device: that they go to.
+        device: that they go to, a GPU with its number: another thread has another current one.
     """
 
     def __init__(self, device: torch.device) -> None:
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
         self.device = device
         self._stream = self._barrier = None
         if device.type == "cuda":
