@@ -182,7 +182,8 @@ class RoutedExperts(nn.Module):
         self.quant_method = config.get_quant_method(self, prefix)
         if self.quant_method is not None:
             own = inner // CURRENT.ranks
-            self.quant_method.create_weights(self, experts - first, hidden, own, self.params_dtype)
+            of = (self, experts - first, hidden, own, self.params_dtype)
+            self.quant_method.create_weights(*of, global_num_experts=experts)
 
     def _map_global_expert_id_to_local_expert_id(self, expert: int) -> int:
         return max(-1, expert - self._first)

@@ -14,8 +14,10 @@ from helpers import checkpoints, mixes, packed_models, vllm_stand_in
 from helpers.vllm_layers import HIDDEN, LAYER, config_of, loading
 from safetensors.torch import save_file
 
+from tersor.checkpoint.pack import Packed, pack
 from tersor.convert import quantize
-from tersor.errors import CheckpointError, UnsupportedError
+from tersor.errors import CheckpointError, NonFiniteError, UnsupportedError
+from tersor.formats import Scheme
 from tersor.integrations.transformers.load import load_model
 
 pytestmark = pytest.mark.usefixtures("one_vllm_rank")
@@ -45,6 +47,53 @@ def test_experts_are_two_stacks_of_a_rank(tmp_path: Path, vllm: SimpleNamespace,
             layer.quant_method.process_weights_after_loading(layer)
         total += layer.quant_method.apply(layer, x, weights, index.int(), None, None)
     torch.testing.assert_close(total, model.model.layers[0].mlp.experts(x, index, weights))
+
+
+def loaded(directory: Path, changed: dict[str, torch.Tensor] | None = None) -> Any:
+    """Return the experts of the first layer of a mixture, with some of their tensors changed."""
+    prefix = f"{LAYER}.mlp.experts"
+    layer: Any = vllm_stand_in.RoutedExperts(config_of(directory), prefix, 4, HIDDEN, HIDDEN)
+    with loading():
+        for name, tensor in {**checkpoints.weights(directory), **(changed or {})}.items():
+            if name.startswith(f"{prefix}."):
+                expert, projection, own = name.removeprefix(f"{prefix}.").split(".", 2)
+                assert layer.load(int(expert), projection, own, tensor)
+        layer.quant_method.process_weights_after_loading(layer)
+    return layer
+
+
+def test_plain_experts_are_packed_together_and_to_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed_to: list[torch.Tensor] = []
+
+    def seen(weight: torch.Tensor, scheme: Scheme) -> Packed:
+        packed_to.append(weight)
+        return pack(weight, scheme)
+
+    monkeypatch.setattr("tersor.integrations.vllm.arriving.pack", seen)
+    made = packed_models.case("qwen3_moe", tmp_path, {}, moe_intermediate_size=HIDDEN)
+    layer, wanted = loaded(made.plain), loaded(made.packed)
+    assert [len(weight) for weight in packed_to] == [4 * 3 * HIDDEN]
+    for name, tensor in wanted.tersor.named_buffers():
+        assert torch.equal(layer.tersor.get_buffer(name), tensor), name
+    monkeypatch.setattr("tersor.integrations.vllm.experts._TOGETHER", 2 * HIDDEN * HIDDEN * 4)
+    packed_to.clear()
+    few = loaded(made.plain)
+    assert [len(weight) for weight in packed_to] == [2 * HIDDEN] * 6
+    for name, tensor in layer.tersor.named_buffers():
+        assert torch.equal(few.tersor.get_buffer(name), tensor), name
+
+
+def test_a_plain_expert_that_cannot_be_packed_is_named(tmp_path: Path) -> None:
+    plain = packed_models.plain("qwen3_moe", tmp_path, moe_intermediate_size=HIDDEN)
+    name = f"{LAYER}.mlp.experts.2.up_proj.weight"
+    tensor = checkpoints.weights(plain)[name].clone()
+    tensor[5, 7] = float("nan")
+    with pytest.raises(NonFiniteError, match=rf"'{name}' holds nan at \[5, 7\]"):
+        loaded(plain, {name: tensor})
+    with pytest.raises(CheckpointError, match=rf"{name.removesuffix('.weight')}: the weight is \[64, 60\]"):
+        loaded(plain, {name: tensor[:, :60]})
 
 
 def test_experts_of_other_ranks_are_passed_over(tmp_path: Path) -> None:

@@ -90,6 +90,11 @@ class Piece:
             return []
         return [f"{self.stored.stem}.{name}" for name in sorted(self.stored.names - self._arrived.keys())]
 
+    @property
+    def plain(self) -> torch.Tensor | None:
+        """The weight [OC, IC] that has arrived and is to be packed, or `None`."""
+        return self._arrived.get(WEIGHT) if isinstance(self.stored.represented, Scheme) else None
+
     def take(self, name: str, tensor: torch.Tensor) -> bool:
         """Take one of the weight's tensors; tell whether it is whole now.
 
@@ -97,14 +102,30 @@ class Piece:
             CheckpointError: a tensor that the weight has not, or of another shape or dtype than it should have.
             NonFiniteError: a weight to pack that holds a NaN or an infinity.
         """
+        whole = self.keep(name, tensor)
+        if whole:
+            self.make()
+        return whole
+
+    def keep(self, name: str, tensor: torch.Tensor) -> bool:
+        """Keep one of the weight's tensors as it is; tell whether all are there, so that `make` may be called.
+
+        Raises:
+            CheckpointError: a tensor that the weight has not.
+        """
         if name not in self.stored.names:
             raise CheckpointError(f"tensor {self.stored.stem}.{name} is not one of {self.stored.stem} in its headers")
         self._arrived[name] = tensor
-        if len(self._arrived) < len(self.stored.names):
-            return False
-        self._weight = self._made()
+        return len(self._arrived) == len(self.stored.names)
+
+    def make(self, packed: PackedWeight | None = None) -> None:
+        """Make the weight of the tensors that are kept, or of what their weight was packed to, and drop them.
+
+        Raises:
+            CheckpointError, NonFiniteError: as of `take`.
+        """
+        self._weight = self._made(self._whole() if packed is None else packed)
         self._arrived.clear()
-        return True
 
     def draw(self) -> None:
         """Make a random weight in place of one that arrives: for times alone."""
@@ -120,8 +141,7 @@ class Piece:
             parts.append(drawn.rows(0, rest) if isinstance(drawn, PackedWeight) else few[:rest].to(drawn))
         self._weight = joined(parts)
 
-    def _made(self) -> Matrix:
-        whole = self._whole()
+    def _made(self, whole: Matrix) -> Matrix:
         rows, columns = self.place.part.rows, self.place.part.columns
         assert rows is not None
         if whole.shape[0] != self.place.outputs:
@@ -161,6 +181,38 @@ class Piece:
             raise NonFiniteError(error.index, error.value, f"tensor '{stored.stem}.{WEIGHT}'") from None
         except (FormatError, ShapeError) as error:
             raise CheckpointError(f"{stored.stem}: {error}") from None
+
+
+def make_together(pieces: Sequence[Piece]) -> None:
+    """Make weights of which all tensors are kept; plain ones that are packed alike are packed as the rows of one.
+
+    A small matrix is packed in the time that its launches take: the experts of a layer, one by one, in that of hundreds
+    of times as many.
+
+    Raises:
+        CheckpointError, NonFiniteError: as of `Piece.take`.
+    """
+    alike: dict[object, list[Piece]] = {}
+    for piece in pieces:
+        plain = piece.plain
+        like = None if plain is None else (piece.stored.represented, piece.place.device, plain.dtype, plain.shape)
+        alike.setdefault(like, []).append(piece)
+    for piece in alike.pop(None, []):
+        piece.make()
+    for some in alike.values():
+        scheme, height, channels = some[0].stored.represented, some[0].place.outputs, some[0].place.channels
+        plain = [piece.plain.to(piece.place.device) for piece in some if piece.plain is not None]
+        assert isinstance(scheme, Scheme)
+        try:
+            if any(one.shape != (height, channels) for one in plain):
+                raise ShapeError("not the weights of such a layer")
+            packed = packed_of(scheme, channels, pack(torch.cat(plain), scheme).tensors)
+        except (FormatError, NonFiniteError, ShapeError):
+            for piece in some:  # one by one, for the line that names the one it is
+                piece.make()
+            continue
+        for index, piece in enumerate(some):
+            piece.make(packed.rows(index * height, (index + 1) * height))
 
 
 class Gathering:

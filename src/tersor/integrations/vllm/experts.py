@@ -13,7 +13,7 @@ from tersor import ops
 from tersor.errors import CheckpointError, ShapeError
 from tersor.formats import Activations
 from tersor.integrations.vllm import compat
-from tersor.integrations.vllm.arriving import Piece, Place, raise_missing
+from tersor.integrations.vllm.arriving import Piece, Place, make_together, raise_missing
 from tersor.integrations.vllm.handed import Handed
 from tersor.integrations.vllm.plan import Stored
 from tersor.integrations.vllm.stacks import BIAS, DOWN, GATE, UP, Stack
@@ -24,6 +24,8 @@ from tersor.models.weights import Matrix
 _SHARDS = ("w1", "w3", "w2")
 """What vLLM calls gate, up and down."""
 _PREFIXES = {"w1": "w13_", "w3": "w13_", "w2": "w2_"}
+_TOGETHER = 256 << 20
+"""Bytes of plain weights that are packed at once: many small matrices take as many launches as one."""
 _CALLED = {GATE: "w1", UP: "w3", DOWN: "w2"}
 
 
@@ -101,8 +103,11 @@ class TersorExpertsMethod(compat.FusedMoEMethodBase):
         up = Place(whole, hidden_size, Part((span or (0, inner),)), params_dtype, device)
         down = Place(hidden_size, whole, Part(((0, hidden_size),), span), params_dtype, device)
         places = {"w1": up, "w3": up, "w2": down}
+        numbers = range(extra_weight_attrs.get("global_num_experts", num_experts))
+        called = {compat.local_expert(layer, number): number for number in numbers}
         experts = [
-            {shard: Piece(stored, places[shard]) for shard, stored in self._stored.items()} for _ in range(num_experts)
+            {shard: Piece(one.of_expert(called[index]), places[shard]) for shard, one in self._stored.items()}
+            for index in range(num_experts)
         ]
         finish = functools.partial(self._finish, layer, params_dtype)
         layer.tersor_arrivals = arrivals = _Arrivals(experts, finish, random)
@@ -198,13 +203,22 @@ class _Arrivals:
     ) -> None:
         self._experts, self._finish, self._random = experts, finish, random
         self._left = sum(map(len, experts))
+        self._kept: list[Piece] = []
+        self._bytes = 0
 
     def take(self, expert: int, shard: str, name: str, tensor: torch.Tensor) -> None:
         """Take a tensor of one of an expert's weights."""
-        if self._experts[expert][shard].take(name, tensor):
-            self._left -= 1
-            if not self._left:
-                self._hand_over()
+        piece = self._experts[expert][shard]
+        if not piece.keep(name, tensor):
+            return
+        self._kept.append(piece)
+        self._bytes += 0 if piece.plain is None else piece.plain.nbytes
+        self._left -= 1
+        if self._bytes >= _TOGETHER or piece.plain is None or not self._left:
+            make_together(self._kept)
+            self._kept, self._bytes = [], 0
+        if not self._left:
+            self._hand_over()
 
     def close(self) -> None:
         """Say that nothing more arrives, as `Gathering.close` does."""

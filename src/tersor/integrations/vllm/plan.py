@@ -63,6 +63,10 @@ class Stored:
     names: frozenset[str] = frozenset({WEIGHT})
     channels: int = 0
 
+    def of_expert(self, number: int) -> Stored:
+        """Return one of the experts that `stem` stands for with a `*`."""
+        return replace(self, stem=self.stem.replace(".*.", f".{number}."))
+
     def dtypes(self, plain: torch.dtype) -> dict[str, torch.dtype]:
         """Return name -> dtype of its tensors, that of a plain weight as vLLM would hold it."""
         found = {}
