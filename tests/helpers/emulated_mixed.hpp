@@ -1,5 +1,6 @@
 // What kernels on the rings of dense/sm90_pipeline.cuh use beside `emulated_sm90.hpp`, but for clusters: static shared
-// memory, decoding, products whose first operand is in registers, and results that are turned.
+// memory, decoding, products whose first operand is in registers, and results that are turned. Nobody reads a word of a
+// pruned weight's values that a copy is on its way to.
 #pragma once
 
 #include "emulated_sm90.hpp"

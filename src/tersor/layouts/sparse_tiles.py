@@ -12,9 +12,9 @@ weights a lane are left with a density of d, some 2.6 sqrt((1 - d) / n) longer t
 channels. A density that varies from block to block costs nothing. Where a weight is cut (`sparse_cuts`), queues begin
 anew in a layer of their own.
 
-A kernel keeps a ring of at least `LAG` layers and `BEYOND` more. So a queue that has fewer values than others by more than that goes on
-further behind: a block's mark says how many layers of the unit it reaches into, and which layers no lane reads any more
-from that block on (`_Places`): where queues begin anew, all that were reached before.
+A kernel keeps a ring of at least `LAG` layers and `BEYOND` more. So a queue that has fewer values than others by more
+than that goes on further behind: a block's mark says how many layers of the unit it reaches into, and which layers no
+lane reads any more from that block on (`_Places`): where queues begin anew, all that were reached before.
 """
 
 from __future__ import annotations

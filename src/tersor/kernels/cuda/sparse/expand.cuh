@@ -11,8 +11,7 @@
 // Parameters: VALUE_BITS (8 or 16, what a value takes in a queue), VALUE_CONVERTS (1: bytes are e4m3, four of which are a
 // register of an operand with BYTES, else a pair of instructions makes them fp16), else VALUE_HIGH (1: a byte is the upper half of a 16-bit float, 0: it is the lower one),
 // VALUE_OTHERS (bytes that a pruned weight has instead: its own and the other half of the
-// float), VALUE_TURN and VALUE_FINISH (`finish`), RING_LAYERS and LAYERS_BEYOND (of a ring, and read behind values), those of
-// decode.cuh.
+// float), VALUE_TURN and VALUE_FINISH (`finish`), those of decode.cuh, RING_LAYERS, LAYERS_BEYOND.
 // tersor/layouts/sparse_packing.py says what bytes stand for a code.
 #pragma once
 
@@ -29,7 +28,7 @@ constexpr int kRegisters = kWhole ? 8 : 16;              // of 32 weights
 constexpr int kLayerBytes = 512;                         // a word of each of the 128 queues of a unit
 constexpr int kRingLayers = RING_LAYERS;                 // of a unit in shared memory, a power of two
 constexpr int kMirrored = 2;                             // layers that stand behind the ring's end once more
-constexpr int kBeyond = LAYERS_BEYOND;                   // that are read behind the one of a queue's last value
+constexpr int kBeyond = LAYERS_BEYOND;                   // that are read behind that of a queue's last value
 constexpr int kRingBytes = (kRingLayers + kMirrored) * kLayerBytes;
 constexpr u32 kRingMask = (kRingLayers - 1) * 32;          // of a place: the layer in the ring
 constexpr int kEntries = 16, kTableBytes = kEntries * 8;
