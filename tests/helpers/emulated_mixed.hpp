@@ -1,5 +1,6 @@
 // What kernels on the rings of dense/sm90_pipeline.cuh use beside `emulated_sm90.hpp`, but for clusters: static shared
-// memory, decoding, products whose first operand is in registers, and results that are turned.
+// memory, decoding, products whose first operand is in registers, and results that are turned. Nobody reads a word of a
+// pruned weight's values that a copy is on its way to.
 #pragma once
 
 #include "emulated_sm90.hpp"
@@ -42,6 +43,13 @@ inline u32 shift(u32 low, u32 high, u32 by) {
 inline void widen_e4m3_four(u32 four, u32& low, u32& high) {
     low = widen_e4m3_pair(half_of(four, 0));
     high = widen_e4m3_pair(half_of(four, 1));
+}
+inline u32 word(const char* at) {
+    const u32 place = shared_address(at);
+    for (const Box& one : boxes) {
+        if (one.map.rows == 0 && place - one.shared < one.map.columns) fail("a word that a copy is on its way to", place);
+    }
+    return word_at(place);
 }
 inline u32 arrived_at(const u32* counter) { return *counter; }
 inline u32 shift_around(u32 low, u32 high, u32 by) { return shift(low, high, by % 32); }

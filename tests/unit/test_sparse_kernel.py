@@ -86,6 +86,13 @@ def test_weights_without_zeros_and_without_anything_else_are_multiplied(density:
     check(random_mask(192, 1536, density), "fp6_e3m2", torch.float16, 32, 2, folder)
 
 
+def test_a_ring_has_what_queues_of_few_values_are_behind_the_longest(folder: Path) -> None:
+    """And what is read behind values: all weights of some rows are left, few of the sixteen of a warp."""
+    kept = random_mask(80, 1664, 1.0)
+    kept[16:32] = random_mask(16, 1664, 0.05)
+    check(kept, "int8", torch.bfloat16, 8, 0, folder)
+
+
 @pytest.mark.parametrize(("n", "cut"), [(90, True), (190, False), (190, True)])
 def test_many_tokens_are_multiplied_in_several_tiles(n: int, cut: bool, folder: Path) -> None:
     """Places have blocks of tiles of few rows and few tokens, or tiles are whole, and go on where queues begin anew."""

@@ -16,6 +16,7 @@ from tersor.layouts.blocks import UNIT_OC
 from tersor.layouts.packing import SCALE_TYPES
 from tersor.layouts.sparse_cuts import CUT_UNITS, PLACE_NUMBERS
 from tersor.layouts.sparse_packing import SparsePacking
+from tersor.layouts.sparse_tiles import BEYOND
 
 SparseLaunch: TypeAlias = Callable[..., None]
 """Launches the kernel on one prepared problem: `launch` in `prepare_sparse`."""
@@ -93,6 +94,7 @@ def _parameters(packing: SparsePacking, tile: SparseTile, gate: int, result: str
     return {
         **packing.macros(),
         "RING_LAYERS": tile.layers,
+        "LAYERS_BEYOND": BEYOND,
         "UNROLLED": _UNROLLED if tile.tokens <= FEW else 1,
         "BITS": 1,
         "SCALE_GROUPS": 0,

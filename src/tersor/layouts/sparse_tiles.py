@@ -12,9 +12,9 @@ weights a lane are left with a density of d, some 2.6 sqrt((1 - d) / n) longer t
 channels. A density that varies from block to block costs nothing. Where a weight is cut (`sparse_cuts`), queues begin
 anew in a layer of their own.
 
-A kernel keeps a ring of at least `LAG` layers. So a queue that has fewer values than others by more than that goes on
-further behind: a block's mark says how many layers of the unit it reaches into, and which layers no lane reads any more
-from that block on (`_Places`): where queues begin anew, all that were reached before.
+A kernel keeps a ring of at least `LAG` layers and `BEYOND` more. So a queue that has fewer values than others by more
+than that goes on further behind: a block's mark says how many layers of the unit it reaches into, and which layers no
+lane reads any more from that block on (`_Places`): where queues begin anew, all that were reached before.
 """
 
 from __future__ import annotations
@@ -28,8 +28,10 @@ from tersor.errors import ShapeError
 from tersor.layouts.blocks import BLOCK_IC, UNIT_OC, ic_blocks
 from tersor.layouts.sparse_cuts import PLACE_NUMBERS, Cuts
 
-LAG = 64
-"""Layers between the first one that some lane reads in a block and the last one."""
+BEYOND = 3
+"""Layers behind that of a queue's last value which a kernel may read, too: three words are fetched for any values."""
+LAG = 64 - BEYOND
+"""Layers between the first one that some lane reads in a block and the last one with a value."""
 LAYER_WORDS = 128
 """Words of a layer: one of every queue."""
 _LANES = 128

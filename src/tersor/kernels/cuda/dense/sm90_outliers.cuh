@@ -19,7 +19,6 @@ namespace linear {
 
 constexpr bool kOutliers = OUTLIERS > 0;
 static_assert(!kOutliers || !(kBytewise || kPlaced || kNormIn || kNormOut), "beside 16-bit activations and nothing else");
-static_assert(kKeptBytes == OUTLIERS * tile::kUnitBlocks * rounds::kBytes, "what the slots have room for");
 
 static_assert(rounds::kUnitRows == tile::kUnitRows, "rounds lie as codes do");
 static_assert(!kOutliers || (kRowGroups <= rounds::kBeyond + 1 && kCluster == 1), "rows of a tile behind the last one");

@@ -8,6 +8,7 @@
 #include "common/scales.cuh"
 #include "common/tensor_map.cuh"
 #include "common/tile.cuh"
+#include "dense/outlier_rounds.cuh"
 
 namespace linear {
 
@@ -55,7 +56,7 @@ __device__ __forceinline__ void add_bytes(int& sum, float bytes) { sum += __floa
 
 constexpr int kScaleBytes = tile::kUnitBlocks * scales::kBlockBytes;  // of one unit: 64 rows of one block
 constexpr int kRowTermBytes = tile::kUnitRows * scales::kRowWords * 4;  // of a unit's rows, where those have some
-constexpr int kKeptBytes = OUTLIERS * tile::kUnitBlocks * 64;         // of its outliers (sm90_outliers.cuh)
+constexpr int kKeptBytes = OUTLIERS * tile::kUnitBlocks * rounds::kBytes;  // of its outliers (sm90_outliers.cuh)
 constexpr int kWeightSlotBytes = kRowGroups * (tile::kUnitBytes + kScaleBytes + kKeptBytes);
 constexpr int kPieces = kBytewise ? 1 : 2;                        // a block of a token is as many swizzled rows of 128 bytes
 constexpr int kPieceChannels = tile::kColumns / kPieces;

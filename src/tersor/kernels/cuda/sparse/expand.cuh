@@ -11,7 +11,7 @@
 // Parameters: VALUE_BITS (8 or 16, what a value takes in a queue), VALUE_CONVERTS (1: bytes are e4m3, four of which are a
 // register of an operand with BYTES, else a pair of instructions makes them fp16), else VALUE_HIGH (1: a byte is the upper half of a 16-bit float, 0: it is the lower one),
 // VALUE_OTHERS (bytes that a pruned weight has instead: its own and the other half of the
-// float), VALUE_TURN and VALUE_FINISH (`finish`), those of decode.cuh.
+// float), VALUE_TURN and VALUE_FINISH (`finish`), those of decode.cuh, RING_LAYERS, LAYERS_BEYOND.
 // tersor/layouts/sparse_packing.py says what bytes stand for a code.
 #pragma once
 
@@ -28,6 +28,7 @@ constexpr int kRegisters = kWhole ? 8 : 16;              // of 32 weights
 constexpr int kLayerBytes = 512;                         // a word of each of the 128 queues of a unit
 constexpr int kRingLayers = RING_LAYERS;                 // of a unit in shared memory, a power of two
 constexpr int kMirrored = 2;                             // layers that stand behind the ring's end once more
+constexpr int kBeyond = LAYERS_BEYOND;                   // that are read behind that of a queue's last value
 constexpr int kRingBytes = (kRingLayers + kMirrored) * kLayerBytes;
 constexpr u32 kRingMask = (kRingLayers - 1) * 32;          // of a place: the layer in the ring
 constexpr int kEntries = 16, kTableBytes = kEntries * 8;
@@ -35,6 +36,7 @@ constexpr int kEntries = 16, kTableBytes = kEntries * 8;
 static_assert(kValueBits == 8 || kValueBits == 16, "values are bytes or 16-bit floats");
 static_assert(!kWhole || kConverts, "bytes that the tensor cores take are e4m3");
 static_assert((kRingLayers & (kRingLayers - 1)) == 0, "a place in the ring is a mask away");
+static_assert(kBeyond == kMirrored + 1, "words of a window: behind a queue's end none of them has a value");
 
 // Selectors of two weights, the first of which takes value `rank` of a window. A pruned weight takes what VALUE_OTHERS
 // says or, of 16 bits, value `none`.
@@ -112,7 +114,7 @@ __device__ __forceinline__ void expand(
         const char* at = ring + (column + (place & kRingMask) * step);
         u32 words[3];
 #pragma unroll
-        for (int i = 0; i < 3; ++i) words[i] = *reinterpret_cast<const u32*>(at + i * kLayerBytes);
+        for (int i = 0; i < 3; ++i) words[i] = ptx::word(at + i * kLayerBytes);
         const u32 low = ptx::shift_around(words[0], words[1], place), high = ptx::shift_around(words[1], words[2], place);
         u32* own = pairs + 2 * four;
         const Entry a = look_up(table, places, four);

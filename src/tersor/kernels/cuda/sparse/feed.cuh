@@ -6,6 +6,10 @@
 // begin anew. So values need no slots: the warp copies layers until the ring of the unit is full of such as may
 // still be read, and a block's copies, its mask's and its layers', complete one barrier. What a block's mark says of the
 // ring is left beside its slot.
+//
+// Whoever expands a block reads some words behind a queue's last value, of which nothing is used. They are there like
+// those in use, so that no copy is on its way to a word that is read: layers are copied that much further than a mark
+// says, up to the end of an item, behind which as many places of the ring are left as they are.
 #pragma once
 
 #include "common/ptx.cuh"
@@ -89,7 +93,7 @@ __device__ __forceinline__ void copy_weights(
     u32 next[kRowGroups] = {};         // the layer that is copied next, of all that this CTA has had
     u32 done[kRowGroups] = {};         // of the block in slot `lane`: layers that nobody reads any more
     for_items_of_warp(work, [&](const Item& item) {
-        u32 ahead[kRowGroups], base[kRowGroups], first[kRowGroups];
+        u32 ahead[kRowGroups], base[kRowGroups], first[kRowGroups], end[kRowGroups];
         const int unit = item.first_row / tile::kUnitRows, own_units = units - unit;
         const auto look_ahead = [&](int block) {
 #pragma unroll
@@ -101,23 +105,27 @@ __device__ __forceinline__ void copy_weights(
         look_ahead(item.first_block);
 #pragma unroll
         for (int group = 0; group < kRowGroups; ++group) {
+            const int own = min(unit + group, units - 1);
             base[group] = next[group] - (__shfl_sync(~0u, ahead[group], 0) >> 16);
-            first[group] = stored.starts[min(unit + group, units - 1)] - base[group];
+            first[group] = stored.starts[own] - base[group];
+            end[group] = base[group] + (stored.marks[own * work.blocks() + item.last_block - 1] & 0xFFFF);
         }
 #pragma unroll 1
         for (int block = item.first_block; block < item.last_block; ++block, at.advance()) {
             const int index = (block - item.first_block) % 32;
-            u32 marks[kRowGroups];
+            u32 marks[kRowGroups], until[kRowGroups];
             if (index == 0 && block > item.first_block) look_ahead(block);
 #pragma unroll
-            for (int group = 0; group < kRowGroups; ++group) marks[group] = __shfl_sync(~0u, ahead[group], index);
+            for (int group = 0; group < kRowGroups; ++group) {
+                marks[group] = __shfl_sync(~0u, ahead[group], index);
+                until[group] = min(base[group] + (marks[group] & 0xFFFF) + kBeyond, end[group]);
+            }
             for (;;) {
                 bool full = under_way == linear::kWeightSlots;
 #pragma unroll
                 for (int group = 0; group < kRowGroups; ++group) {
                     const u32 free = __shfl_sync(~0u, done[group], oldest.slot) + kRingLayers;
-                    const u32 wanted = base[group] + (marks[group] & 0xFFFF);
-                    full |= under_way > 0 && static_cast<int>(wanted - free) > 0;
+                    full |= under_way > 0 && static_cast<int>(until[group] - free) > 0;
                 }
                 if (!full) break;
                 ring.wait_emptied(oldest);
@@ -134,7 +142,7 @@ __device__ __forceinline__ void copy_weights(
 #pragma unroll
                 for (int group = 0; group < kRowGroups; ++group) {
                     slot_marks[at.slot * kRowGroups + group] = (base[group] + (marks[group] >> 16)) * 32;
-                    const u32 count = base[group] + (marks[group] & 0xFFFF) - next[group];
+                    const u32 count = until[group] - next[group];
                     const u32 layers = count + mirrored(next[group], count);
                     if (group < own_units) bytes += kMaskBytes + layers * kLayerBytes;
                 }
@@ -147,15 +155,17 @@ __device__ __forceinline__ void copy_weights(
                         ring.address(at) + group * kMaskBytes, stored.mask + static_cast<u64>(mask) * kMaskBytes,
                         kMaskBytes, ring.filled(at), policy);
                     copy_layers(
-                        values + group * kRingBytes, next[group], base[group] + (marks[group] & 0xFFFF) - next[group],
+                        values + group * kRingBytes, next[group], until[group] - next[group],
                         stored.layers + static_cast<u64>(first[group] + next[group]) * kLayerBytes,
                         ring.filled(at), policy);
                 }
             }
             __syncwarp();
 #pragma unroll
-            for (int group = 0; group < kRowGroups; ++group) next[group] = base[group] + (marks[group] & 0xFFFF);
+            for (int group = 0; group < kRowGroups; ++group) next[group] = until[group];
         }
+#pragma unroll
+        for (int group = 0; group < kRowGroups; ++group) next[group] += kBeyond;
     });
 }
 

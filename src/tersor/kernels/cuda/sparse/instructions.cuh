@@ -26,6 +26,9 @@ __device__ __forceinline__ void widen_e4m3_four(u32 four, u32& low, u32& high) {
         : "r"(four));
 }
 
+// A word of shared memory that no copy is on its way to.
+__device__ __forceinline__ u32 word(const char* at) { return *reinterpret_cast<const u32*>(at); }
+
 // What other CTAs have counted up to by `arrive`; what they wrote ahead of that is there for whoever reads it after this.
 __device__ __forceinline__ u32 arrived_at(const u32* counter) {
     u32 count;
