@@ -218,6 +218,20 @@ def test_a_slice_overwrites_the_last_one_and_memory_is_that_of_one_and_torchs(
     assert gpu.last.kernel.startswith("tersor_linear_sm90_int4") and gpu.last.kernel.endswith("_beside3")
 
 
+def test_sums_are_float32_where_cublas_may_split_those_of_the_last_slice(
+    gpu: FakeGpu, many: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight, x = weight_of("int4", 64, "1%", "float16", (160, 256), False), torch.randn(9, 256).half()
+    monkeypatch.setattr(beside, "SCRATCH_BYTES", 2 * 64 * 256)  # slices of 64, 64 and 32 rows
+    load = jit.get
+    monkeypatch.setattr(jit, "get", lambda source, device: load(source, 0))
+    monkeypatch.setattr(torch, "mm", lambda a, b, out_dtype: torch.zeros(len(a), b.shape[1], dtype=out_dtype))
+    monkeypatch.setattr(decompressed, "splits_sums", lambda rows, n, chip: rows < 64)
+    ops.linear(x, weight)
+    kernels = ["tersor_dequantize_int4_float16_beside3", "tersor_epilogue_float16"]
+    assert [launch.kernel for launch in gpu.launches] == 3 * kernels
+
+
 def test_slices_are_even_and_at_most_a_quarter_of_a_gigabyte() -> None:
     for oc, ic in ((8192, 8192), (28672, 8192), (57344, 8192), (8192, 28672), (128256, 8192), (100, 64)):
         rows = tune.slice_rows(oc, ic)

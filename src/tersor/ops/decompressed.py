@@ -34,9 +34,9 @@ def linear(
 ) -> torch.Tensor:
     """Return the result [N, outputs] of x [N, IC] with slices of a decoded weight that has its scales.
 
-    cuBLAS rounds where it has nothing to add but a bias of all rows, as many tiles as there are multiprocessors, and
-    rows of whole 16 bytes; else its float32 sums are rounded by a kernel of their own. For it adds a matrix, which a
-    residual is and a bias of a slice becomes, to products that it has rounded already.
+    cuBLAS rounds where it has nothing to add but a bias of all rows, as many tiles as there are multiprocessors, in the
+    last slice too, and rows of whole 16 bytes; else its float32 sums are rounded by a kernel of their own. For it adds
+    a matrix, which a residual is and a bias of a slice becomes, to products that it has rounded already.
 
     Args:
         x, bias, residual: as kernels read them.
@@ -45,8 +45,9 @@ def linear(
     """
     chip = hardware.of_device(x.get_device())
     first = next(slices)
-    alone = not gate and residual is None and (bias is None or first[1].shape[0] == oc)
-    if not alone or x.shape[1] % _ALIGNED or splits_sums(first[1].shape[0], x.shape[0], chip):
+    height = first[1].shape[0]
+    alone = not gate and residual is None and (bias is None or height == oc)
+    if not alone or x.shape[1] % _ALIGNED or splits_sums(oc % height or height, x.shape[0], chip):
         target = str(x.dtype).removeprefix("torch.")
         finish = jit.get(dense.finish_source(target, 0, gate), x.device)
         every = _chained(first, slices)
