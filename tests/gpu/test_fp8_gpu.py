@@ -25,7 +25,8 @@ pytestmark = pytest.mark.skipif(
 REPEATS = 60
 """Launches of one product, one upon the other."""
 ACCUMULATION = 2.0**-11
-"""Of the sum of magnitudes: 512 channels meet in sums of about 14 bits, to which each 32 of them are rounded."""
+"""Of the sum of magnitudes of independent products: 512 channels meet in sums of about 14 bits, to which each 32 of
+them are cut. Products of one sign lose more (`helpers.e4m3_sums`)."""
 
 
 def packed(name: str, group_size: int | None, oc: int, ic: int) -> tuple[PackedWeight, torch.Tensor]:

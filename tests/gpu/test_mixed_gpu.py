@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.allowance import within
 from helpers.mixes import IC, levels, matrix, mixed
 from helpers.multiplied import multiplied
 
@@ -68,7 +69,8 @@ def check(
 ) -> None:
     """Hold a product, with what was added before it was rounded once, against its exact numbers.
 
-    `accumulated`: the error of sums of products, as a part of the sum of their sizes; else that of float32.
+    `accumulated`: the error of sums of independent products (`helpers.e4m3_sums`), as a part of the sum of their sizes;
+    else that of float32.
     """
     if accumulated is None:
         allowed = formats.product_tolerance(x.double(), weight, torch.float32)
@@ -76,7 +78,7 @@ def check(
         allowed = accumulated * (x.double().abs() @ weight.abs().T)
     info = torch.finfo(y.dtype)
     allowed = allowed + (exact.abs() + allowed) * info.eps / 2 * 1.001 + info.smallest_normal * info.eps
-    assert bool(((y.double() - exact).abs() <= allowed).all())
+    within(y, exact, allowed, f"{len(x)} tokens")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import pruned
+from helpers.allowance import within
 
 from tersor import formats, ops
 from tersor.checkpoint.pack import pack_sparse
@@ -36,7 +37,7 @@ def check(y: torch.Tensor, exact: torch.Tensor, x: torch.Tensor, weight: torch.T
     allowed = formats.product_tolerance(x.double(), weight, torch.float32)
     info = torch.finfo(y.dtype)
     allowed = allowed + (exact.abs() + allowed) * info.eps / 2 * 1.001 + info.smallest_normal * info.eps
-    assert bool(((y.double() - exact).abs() <= allowed).all())
+    within(y, exact, allowed, f"{len(x)} tokens")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -34,8 +34,9 @@ def linear(
 ) -> torch.Tensor:
     """Return the result [N, outputs] of x [N, IC] with slices of a decoded weight that has its scales.
 
-    cuBLAS rounds where it has nothing to add but a bias or a residual, as many tiles as there are multiprocessors, and
-    rows of whole 16 bytes; else its float32 sums are rounded by a kernel of their own.
+    cuBLAS rounds where it has nothing to add but a bias of all rows, as many tiles as there are multiprocessors, in the
+    last slice too, and rows of whole 16 bytes; else its float32 sums are rounded by a kernel of their own. For it adds
+    a matrix, which a residual is and a bias of a slice becomes, to products that it has rounded already.
 
     Args:
         x, bias, residual: as kernels read them.
@@ -43,9 +44,10 @@ def linear(
         oc, gate: rows of the weight, and how gate and up become one, or 0.
     """
     chip = hardware.of_device(x.get_device())
-    whole = not gate and (bias is None or residual is None) and x.shape[1] % _ALIGNED == 0
     first = next(slices)
-    if not whole or splits_sums(first[1].shape[0], x.shape[0], chip):
+    height = first[1].shape[0]
+    alone = not gate and residual is None and (bias is None or height == oc)
+    if not alone or x.shape[1] % _ALIGNED or splits_sums(oc % height or height, x.shape[0], chip):
         target = str(x.dtype).removeprefix("torch.")
         finish = jit.get(dense.finish_source(target, 0, gate), x.device)
         every = _chained(first, slices)
@@ -53,12 +55,10 @@ def linear(
     y = x.new_empty(x.shape[0], oc)
     for at, decoded in _chained(first, slices):
         last = at + decoded.shape[0]
-        if residual is not None:
-            torch.addmm(residual[:, at:last], x, decoded.T, out=y[:, at:last])
-        elif bias is not None:
-            torch.addmm(bias[at:last], x, decoded.T, out=y[:, at:last])
-        else:
+        if bias is None:
             torch.mm(x, decoded.T, out=y[:, at:last])
+        else:
+            torch.addmm(bias, x, decoded.T, out=y)
     return y
 
 
