@@ -8,7 +8,7 @@ import torch
 from tersor import formats
 from tersor.compress import quantize_rtn
 from tersor.errors import FormatError
-from tersor.layouts import PackedWeight, decode_groups, scales, stream, tiles
+from tersor.layouts import PackedWeight, StackedWeight, decode_groups, scales, stacked, stream, tiles
 from tersor.layouts.blocks import ic_blocks, oc_blocks
 from tersor.layouts.packing import Packing, scales_in_block
 
@@ -268,3 +268,35 @@ def test_scales_of_a_block() -> None:
     ]
     with pytest.raises(ValueError, match="multiple of 16"):
         scales_in_block(24)
+
+
+@pytest.mark.parametrize("rows", [64, 72])
+@pytest.mark.parametrize(
+    ("name", "group", "target"),
+    [("fp6_e3m2", None, "bfloat16"), ("uint4", 32, "float16"), ("int4", 32, "int8"), ("uint4", 64, "int8")],
+)
+def test_experts_that_change_layout_together_become_what_each_does(
+    name: str, group: int | None, target: str, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(5)
+    scheme, layout = formats.get_scheme(name, group), f"tiles_{target}"
+    weights = [PackedWeight.from_encoded(quantize_rtn(torch.randn(rows, 192), scheme)) for _ in range(5)]
+    monkeypatch.setattr(stacked, "_TOGETHER", 2 * rows * 192)  # two, two and one
+    stack = StackedWeight.stack(weights)
+    tiled = stack.to_layout(layout)
+    for index, weight in enumerate(weights):
+        found, wanted = tiled.expert(index), weight.to_layout(layout)
+        assert (found.shape, found.layout) == (wanted.shape, layout)
+        assert torch.equal(found.data, wanted.data) and torch.equal(found.scale, wanted.scale)
+    back = tiled.to_layout("stream")
+    assert torch.equal(back.data, stack.data) and torch.equal(back.scale, stack.scale)
+    assert stack.zero_point is None or (back.zero_point is not None and torch.equal(back.zero_point, stack.zero_point))
+
+
+def test_experts_of_whole_units_change_layout_in_few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = [PackedWeight.from_encoded(quantize_rtn(torch.randn(64, 128), formats.get_scheme("int8"))) for _ in range(6)]
+    monkeypatch.setattr(stacked, "_TOGETHER", 3 * 64 * 128)
+    steps, pack = [], tiles.pack
+    monkeypatch.setattr(tiles, "pack", lambda codes, packing: steps.append(len(codes)) or pack(codes, packing))
+    StackedWeight.stack(made).to_layout("tiles_float16")
+    assert steps == [192, 192]

@@ -59,10 +59,13 @@ def test_patterns_find_the_experts_of_mixtral_by_their_names_in_the_model(tmp_pa
     assert decoders.difference(decoder, reference) < 1e-4
 
 
-@pytest.mark.parametrize("case", ["qwen3_moe", "mixtral", "gpt_oss"])
+@pytest.mark.parametrize(
+    ("case", "activations"),
+    [("qwen3_moe", "16bit"), ("qwen3_moe", "int8"), ("mixtral", "16bit"), ("gpt_oss", "16bit")],
+)
 @pytest.mark.parametrize("together", [1, 3, 100])
 def test_experts_that_become_tiles_together_are_those_of_each(
-    case: str, together: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    case: str, activations: str, together: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name, options = CASES[case]
     changes = {**LONG, "intermediate_size": 96} if name == "gpt_oss" else LONG
@@ -73,12 +76,15 @@ def test_experts_that_become_tiles_together_are_those_of_each(
     fake.take_cpu_tensors(monkeypatch)
     _, rows, channels = stream.down.shape
     monkeypatch.setattr(stored_experts, "_TOGETHER", together * rows * channels)
-    tiles = mixture_of(models.load(made.packed, "cpu", torch.bfloat16), 1)
+    tiles = mixture_of(models.load(made.packed, "cpu", torch.bfloat16, activations=activations), 1)
+    layout = "tiles_int8" if activations == "int8" else "tiles_bfloat16"
     for found, before in ((tiles.gate_up, stream.gate_up), (tiles.down, stream.down)):
         assert isinstance(found, StackedWeight) and isinstance(before, StackedWeight)
-        assert (found.layout, before.layout) == ("tiles_bfloat16", "stream")
-        wanted = before.to_layout("tiles_bfloat16")
-        assert torch.equal(found.data, wanted.data) and torch.equal(found.scale, wanted.scale)
+        assert (found.layout, before.layout) == (layout, "stream")
+        for index in range(before.experts):
+            wanted = before.expert(index).to_layout(layout)
+            assert torch.equal(found.expert(index).data, wanted.data)
+            assert torch.equal(found.expert(index).scale, wanted.scale)
 
 
 def test_experts_in_several_schemes_are_refused_by_name(tmp_path: Path) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from tersor.errors import ShapeError
 from tersor.formats import Scheme
+from tersor.layouts.blocks import UNIT_OC
 from tersor.layouts.weight import STREAM, PackedTensors, PackedWeight
+
+_TOGETHER = 1 << 25
+"""Codes of the experts that change their layout at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,14 +109,33 @@ class StackedWeight(PackedTensors):
         return StackedWeight.stack([gate for gate, _ in halves]), StackedWeight.stack([up for _, up in halves])
 
     def to_layout(self, layout: str) -> StackedWeight:
-        """Return the same weights in another layout, an expert at a time; exact, and undone by going back.
+        """Return the same weights in another layout; exact, and undone by going back.
+
+        Experts change it as many at a time as have `_TOGETHER` codes, where each is whole units of rows: their tiles
+        are then those of one weight, and one expert alone is too little work for a GPU. What they become is put in
+        place before the next are made.
 
         Raises:
             FormatError: a zero point that kernels for the layout's dtype cannot apply exactly.
         """
         if layout == self.layout:
             return self
-        return self._of_experts(lambda weight: weight.to_layout(layout))
+        oc, ic = self.matrix
+        apart = oc % UNIT_OC > 0 or (self.layout != STREAM and self.packing.by_ratios)
+        step = 1 if apart else max(1, _TOGETHER // (oc * ic))
+        wholes: list[torch.Tensor | None] = []
+        for start in range(0, self.experts, step):
+            some = self._rows_of_one(start, min(start + step, self.experts)).to_layout(layout)
+            for index in range(some.shape[0] // oc):
+                new = some.rows(index * oc, (index + 1) * oc)
+                parts = (new.data, new.scale, new.zero_point)
+                wholes = wholes or [None if one is None else one.new_empty(self.experts, *one.shape) for one in parts]
+                for whole, part in zip(wholes, parts, strict=True):
+                    if whole is not None and part is not None:
+                        whole[start + index] = part
+        data, scale, zero_point = wholes
+        assert data is not None and scale is not None
+        return StackedWeight(self.scheme, self.shape, data, scale, zero_point, layout)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Return the decoded weights [E, OC, IC], computed in float32 and rounded once to `dtype`."""
@@ -121,18 +144,11 @@ class StackedWeight(PackedTensors):
             result[index] = self.expert(index).dequantize(dtype)
         return result
 
-    def _of_experts(self, change: Callable[[PackedWeight], PackedWeight]) -> StackedWeight:
-        """Return the weights, each changed; what one expert becomes is put in place before the next is made."""
-        first = change(self.expert(0))
-        made = [
-            None if tensor is None else tensor.new_empty(self.experts, *tensor.shape)
-            for tensor in (first.data, first.scale, first.zero_point)
-        ]
-        for index in range(self.experts):
-            new = change(self.expert(index)) if index else first
-            for whole, part in zip(made, (new.data, new.scale, new.zero_point), strict=True):
-                if whole is not None and part is not None:
-                    whole[index] = part
-        data, scale, zero_point = made
-        assert data is not None and scale is not None
-        return StackedWeight(first.scheme, (self.experts, *first.shape), data, scale, zero_point, first.layout)
+    def _rows_of_one(self, first: int, last: int) -> PackedWeight:
+        """Return experts first .. last - 1 as the rows of one weight, sharing memory with this one."""
+        if last - first == 1:
+            return self.expert(first)
+        data, scale = self.data[first:last].flatten(0, 1), self.scale[first:last].flatten(0, 1)
+        zero_point = None if self.zero_point is None else self.zero_point[first:last].flatten(0, 1)
+        oc, ic = self.matrix
+        return PackedWeight(self.scheme, ((last - first) * oc, ic), data, scale, zero_point, self.layout)

@@ -128,12 +128,13 @@ def _stacked(stored: Stored, count: int, make: Callable[[int], Matrix]) -> Stack
         made = joined([*([] if start else [first]), *stored.each(make, range(start or 1, last))])
         ready = stored.ready(made)
         assert isinstance(ready, torch.Tensor | PackedWeight), "as the first was"
-        parts = (ready,) if isinstance(ready, torch.Tensor) else (ready.data, ready.scale, ready.zero_point)
-        own = [None if part is None else part.unflatten(0, (last - start, -1)) for part in parts]
-        wholes = wholes or [None if part is None else part.new_empty(count, *part.shape[1:]) for part in own]
-        for whole, part in zip(wholes, own, strict=True):
-            if whole is not None and part is not None:
-                whole[start:last] = part
+        for index in range(start, last):
+            one = _rows(ready, (index - start) * rows, (index - start + 1) * rows)
+            parts = (one,) if isinstance(one, torch.Tensor) else (one.data, one.scale, one.zero_point)
+            wholes = wholes or [None if part is None else part.new_empty(count, *part.shape) for part in parts]
+            for whole, part in zip(wholes, parts, strict=True):
+                if whole is not None and part is not None:
+                    whole[index] = part
     if isinstance(ready, torch.Tensor):
         assert wholes[0] is not None
         return wholes[0]
@@ -141,6 +142,10 @@ def _stacked(stored: Stored, count: int, make: Callable[[int], Matrix]) -> Stack
     data, scale, zero_point = wholes
     assert data is not None and scale is not None
     return StackedWeight(ready.scheme, (count, rows, channels), data, scale, zero_point, ready.layout)
+
+
+def _rows(weight: torch.Tensor | PackedWeight, first: int, last: int) -> torch.Tensor | PackedWeight:
+    return weight[first:last] if isinstance(weight, torch.Tensor) else weight.rows(first, last)
 
 
 def _stacked_mixed(stored: Stored, count: int, first: MixedWeight, make: Callable[[int], Matrix]) -> StackedMixedWeight:

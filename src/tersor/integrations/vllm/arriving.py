@@ -201,12 +201,12 @@ def make_together(pieces: Sequence[Piece]) -> None:
         piece.make()
     for some in alike.values():
         scheme, height, channels = some[0].stored.represented, some[0].place.outputs, some[0].place.channels
-        plain = [piece.plain.to(piece.place.device) for piece in some if piece.plain is not None]
+        rows = [piece.plain.to(piece.place.device) for piece in some if piece.plain is not None]
         assert isinstance(scheme, Scheme)
         try:
-            if any(one.shape != (height, channels) for one in plain):
+            if any(one.shape != (height, channels) for one in rows):
                 raise ShapeError("not the weights of such a layer")
-            packed = packed_of(scheme, channels, pack(torch.cat(plain), scheme).tensors)
+            packed = packed_of(scheme, channels, pack(torch.cat(rows), scheme).tensors)
         except (FormatError, NonFiniteError, ShapeError):
             for piece in some:  # one by one, for the line that names the one it is
                 piece.make()

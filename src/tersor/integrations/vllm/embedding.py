@@ -64,6 +64,7 @@ class TersorEmbeddingMethod(_OfVocabulary):
             raise UnsupportedError(f"{self._stored.stem}: the rows of an embedding have one scheme")
         part = Part((compat.vocabulary_rows(layer),))
         place = Place(layer.org_vocab_size, input_size, part, params_dtype, torch.empty(0).device)
+        compat.reuse_segments(place.device)
         piece = Piece(self._stored, place)
         finish = functools.partial(self._finish, layer, head, params_dtype)
         gathering = Gathering([piece], finish, compat.draws_weights())

@@ -47,6 +47,7 @@ class TersorLinearMethod(compat.LinearMethodBase):
         spans = compat.row_spans(layer, output_partition_sizes)
         channels = compat.columns(layer, input_size_per_partition, input_size)
         device = torch.empty(0).device
+        compat.reuse_segments(device)
 
         def piece(stored: Stored, outputs: int, rows: tuple[Span, ...]) -> Piece:
             return Piece(stored, Place(outputs, input_size, Part(rows, channels), params_dtype, device))
