@@ -281,7 +281,7 @@ def test_experts_that_change_layout_together_become_what_each_does(
     torch.manual_seed(5)
     scheme, layout = formats.get_scheme(name, group), f"tiles_{target}"
     weights = [PackedWeight.from_encoded(quantize_rtn(torch.randn(rows, 192), scheme)) for _ in range(5)]
-    monkeypatch.setattr(stacked, "_TOGETHER", 2 * rows * 192)  # two, two and one
+    monkeypatch.setattr(stacked, "_TOGETHER", {"cpu": 2 * rows * 192})  # two, two and one
     stack = StackedWeight.stack(weights)
     tiled = stack.to_layout(layout)
     for index, weight in enumerate(weights):
@@ -295,7 +295,7 @@ def test_experts_that_change_layout_together_become_what_each_does(
 
 def test_experts_of_whole_units_change_layout_in_few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     made = [PackedWeight.from_encoded(quantize_rtn(torch.randn(64, 128), formats.get_scheme("int8"))) for _ in range(6)]
-    monkeypatch.setattr(stacked, "_TOGETHER", 3 * 64 * 128)
+    monkeypatch.setattr(stacked, "_TOGETHER", {"cpu": 3 * 64 * 128})
     steps, pack = [], tiles.pack
     monkeypatch.setattr(tiles, "pack", lambda codes, packing: steps.append(len(codes)) or pack(codes, packing))
     StackedWeight.stack(made).to_layout("tiles_float16")
