@@ -23,11 +23,11 @@ def loading() -> Iterator[None]:
 
 
 def test_tensors_of_some_mib_use_freed_segments_again(vllm: SimpleNamespace, loading: None) -> None:
-    from tersor.integrations.vllm import compat
+    from tersor.integrations.vllm import memory
 
     device = torch.device("cuda")
     torch.empty(1, device=device)
-    compat.reuse_segments(device)
+    memory.reuse_segments(device)
     assert torch.cuda.memory._snapshot()["allocator_settings"]["max_split_size"] == 21 * MIB
     torch.cuda.empty_cache()
     begun = torch.cuda.memory_reserved()
@@ -37,11 +37,11 @@ def test_tensors_of_some_mib_use_freed_segments_again(vllm: SimpleNamespace, loa
 
 
 def test_a_big_block_that_is_free_is_not_split(vllm: SimpleNamespace, loading: None) -> None:
-    from tersor.integrations.vllm import compat
+    from tersor.integrations.vllm import memory
 
     device = torch.device("cuda")
     torch.empty(1, device=device)
-    compat.reuse_segments(device)
+    memory.reuse_segments(device)
     torch.cuda.empty_cache()
     begun = torch.cuda.memory_reserved()
     torch.empty(256 * MIB, dtype=torch.uint8, device=device)

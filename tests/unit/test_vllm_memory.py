@@ -44,10 +44,10 @@ def allocator(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 def test_the_limit_of_vllm_is_raised_above_a_segment_beside_all_other_settings(
     vllm: SimpleNamespace, allocator: SimpleNamespace, text: str, wanted: str
 ) -> None:
-    from tersor.integrations.vllm import compat
+    from tersor.integrations.vllm import memory
 
     allocator.text = text
-    compat.reuse_segments(GPU)
+    memory.reuse_segments(GPU)
     assert allocator.asked == [wanted]
 
 
@@ -63,22 +63,22 @@ def test_the_limit_of_vllm_is_raised_above_a_segment_beside_all_other_settings(
 def test_where_no_small_tensor_is_kept_from_a_segment_nothing_is_set(
     vllm: SimpleNamespace, allocator: SimpleNamespace, device: str, limit: int, backend: str
 ) -> None:
-    from tersor.integrations.vllm import compat
+    from tersor.integrations.vllm import memory
 
     allocator.limit, allocator.backend = limit, backend
-    compat.reuse_segments(torch.device(device))
+    memory.reuse_segments(torch.device(device))
     assert not allocator.asked
 
 
 def test_every_kind_of_packed_layer_has_the_limit_raised_before_its_weights_come(
     tmp_path: Path, vllm: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tersor.integrations.vllm import compat
+    from tersor.integrations.vllm import memory
 
     options, changes = {"overrides": {"lm_head": "int8"}}, {"moe_intermediate_size": HIDDEN}
     packed = packed_models.case("qwen3_moe", tmp_path, options, **changes).packed
     config, seen = config_of(packed), []
-    monkeypatch.setattr(compat, "reuse_segments", seen.append)
+    monkeypatch.setattr(memory, "reuse_segments", seen.append)
     with loading():
         vllm_stand_in.RoutedExperts(config, f"{LAYER}.mlp.experts", 4, HIDDEN, HIDDEN)
         assert seen == [torch.device("cpu")]

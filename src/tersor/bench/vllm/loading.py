@@ -16,6 +16,7 @@ import torch
 from tersor.bench import random_checkpoint
 from tersor.checkpoint.source import CONFIG_NAME
 from tersor.hardware import resolve_device
+from tersor.integrations.vllm import memory
 
 FORMAT = "tersor_random"
 """What vLLM is told to load."""
@@ -36,5 +37,6 @@ def register() -> None:
         def get_all_weights(self, model_config: Any, model: Any) -> Iterator[tuple[str, torch.Tensor]]:
             """Yield name and tensor."""
             config = json.loads((Path(model_config.model) / CONFIG_NAME).read_text(encoding="utf-8"))
-            context = int(config["max_position_embeddings"])
-            yield from random_checkpoint.tensors(config, context, model_config.dtype, resolve_device())
+            context, device = int(config["max_position_embeddings"]), resolve_device()
+            memory.reuse_segments(device)  # drawn experts come and go by the thousand, whoever packs them
+            yield from random_checkpoint.tensors(config, context, model_config.dtype, device)

@@ -1,8 +1,8 @@
 """Tersor checkpoints in vLLM: an entry point of the group `vllm.general_plugins`, called in each of its processes.
 
 `compat` is all that knows where vLLM's releases differ. `plan` says which stored weight belongs to which layer of vLLM,
-`checks` what is refused before a worker starts, `arriving` makes a rank's weights of tensors as they come, `parts`
-multiplies with them; none of these four needs vLLM.
+`checks` what is refused before a worker starts, `arriving` makes a rank's weights of tensors as they come, `memory` has
+torch use again what they leave, `parts` multiplies with the weights; none of these five needs vLLM.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from torch.nn import functional
 from tersor.checkpoint.pack import pack
 from tersor.errors import UnsupportedError
 from tersor.formats import Activations, Scheme
-from tersor.integrations.vllm import compat
+from tersor.integrations.vllm import compat, memory
 from tersor.integrations.vllm.arriving import Gathering, Piece, Place, packed_of
 from tersor.integrations.vllm.linear import loader
 from tersor.integrations.vllm.parts import DensePart, embedding_rows, parts_of, stored_of
@@ -64,7 +64,7 @@ class TersorEmbeddingMethod(_OfVocabulary):
             raise UnsupportedError(f"{self._stored.stem}: the rows of an embedding have one scheme")
         part = Part((compat.vocabulary_rows(layer),))
         place = Place(layer.org_vocab_size, input_size, part, params_dtype, torch.empty(0).device)
-        compat.reuse_segments(place.device)
+        memory.reuse_segments(place.device)
         piece = Piece(self._stored, place)
         finish = functools.partial(self._finish, layer, head, params_dtype)
         gathering = Gathering([piece], finish, compat.draws_weights())

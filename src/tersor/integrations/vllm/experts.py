@@ -12,7 +12,7 @@ from torch import nn
 from tersor import ops
 from tersor.errors import CheckpointError, ShapeError
 from tersor.formats import Activations
-from tersor.integrations.vllm import compat
+from tersor.integrations.vllm import compat, memory
 from tersor.integrations.vllm.arriving import Piece, Place, make_together, raise_missing
 from tersor.integrations.vllm.handed import Handed
 from tersor.integrations.vllm.plan import Stored
@@ -100,7 +100,7 @@ class TersorExpertsMethod(compat.FusedMoEMethodBase):
         inner = intermediate_size_per_partition
         span = compat.expert_columns(layer, inner)
         device, whole = torch.empty(0).device, inner * layer.moe_config.moe_parallel_config.tp_size
-        compat.reuse_segments(device)
+        memory.reuse_segments(device)
         up = Place(whole, hidden_size, Part((span or (0, inner),)), params_dtype, device)
         down = Place(hidden_size, whole, Part(((0, hidden_size),), span), params_dtype, device)
         places = {"w1": up, "w3": up, "w2": down}

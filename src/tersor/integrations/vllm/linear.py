@@ -11,7 +11,7 @@ import torch
 
 from tersor.errors import UnsupportedError
 from tersor.formats import Activations
-from tersor.integrations.vllm import compat
+from tersor.integrations.vllm import compat, memory
 from tersor.integrations.vllm.arriving import Gathering, Piece, Place
 from tersor.integrations.vllm.parts import parts_of
 from tersor.integrations.vllm.plan import Stored
@@ -47,7 +47,7 @@ class TersorLinearMethod(compat.LinearMethodBase):
         spans = compat.row_spans(layer, output_partition_sizes)
         channels = compat.columns(layer, input_size_per_partition, input_size)
         device = torch.empty(0).device
-        compat.reuse_segments(device)
+        memory.reuse_segments(device)
 
         def piece(stored: Stored, outputs: int, rows: tuple[Span, ...]) -> Piece:
             return Piece(stored, Place(outputs, input_size, Part(rows, channels), params_dtype, device))
