@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from tersor.ops.capture import capturing
+
 WARM_SECONDS = 0.02
 """Replays before a graph is timed."""
 
@@ -32,7 +34,7 @@ def graph_microseconds(calls: Sequence[Callable[[], object]], replays: int = 9) 
     torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with capturing(graph, torch.device("cuda")):
         for call in calls:
             call()
     warm = time.perf_counter() + WARM_SECONDS

@@ -101,7 +101,6 @@ def capture(
     spare: int,
     side: torch.cuda.Stream,
     pool: Any,
-    mode: str,
 ) -> Captured:
     """Capture a step of `layout.rows` rows of one token each.
 
@@ -113,7 +112,6 @@ def capture(
         spare: a slot that no request has.
         side: a stream for the forward ahead, in which libraries load and allocate what a capture must not.
         pool: memory of graphs that do not run at once.
-        mode: what others may call meanwhile, as torch has it.
 
     Raises:
         TersorError: the model does what a capture forbids, or memory ran out.
@@ -131,7 +129,7 @@ def capture(
             decode(views, size, given)
         torch.cuda.current_stream(device).wait_stream(side)
         with (
-            capturing(graph, pool=pool, capture_error_mode=mode),
+            capturing(graph, device, pool=pool),
             nullcontext() if streamed is None else streamed.captured(),
         ):
             made = decode(views, size, given)

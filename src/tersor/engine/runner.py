@@ -391,8 +391,5 @@ class Runner:
             return repeated(layout, self._decode, self.device)
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         side = self._side = self._side or torch.cuda.Stream(self.device)
-        # The thread in which NCCL watches its calls may ask for their events meanwhile.
-        mode = "global" if self._line is None else "thread_local"
         given, streamed = None if self.stages.first else self._given(layout.tokens).zero_(), self.decoder.streamed
-        made = self._decode
-        return capture(layout, made, given, streamed, spare=self.max_rows, side=side, pool=self._pool, mode=mode)
+        return capture(layout, self._decode, given, streamed, spare=self.max_rows, side=side, pool=self._pool)

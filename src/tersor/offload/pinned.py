@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import mmap
 import weakref
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from tersor.errors import TersorError
+from tersor.ops.capture import outside
 
 _MEMINFO = Path("/proc/meminfo")
 _GROUP = Path("/sys/fs/cgroup")
@@ -39,7 +41,8 @@ def allocate(nbytes: int, device: torch.device) -> torch.Tensor:
         code = int(runtime.cudaHostRegister(address, nbytes, 0))
         if code:
             raise too_little(nbytes, available(), f"cudaHostRegister: error {code}")
-        weakref.finalize(memory, _unregister, address, pages, device).atexit = False
+        let_go = partial(_unregister, address, pages, device)
+        weakref.finalize(memory, outside, let_go).atexit = False  # the collector may choose a moment of a capture
     return memory
 
 

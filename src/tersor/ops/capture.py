@@ -1,31 +1,92 @@
-"""A CUDA graph is captured; a capture that fails leaves torch as it was."""
+"""A CUDA graph is captured on its own GPU, undisturbed; a capture that fails leaves torch as it was.
+
+While a graph is captured CUDA refuses some calls and takes the capture for broken: in the thread that captures, all
+that waits or lets go of memory; in any thread, to wait for the whole device. What Python's collector does comes in any
+thread at any time, so what it calls for memory goes through `outside`.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 
+class _Turns:
+    """Captures of this process, one after the other, and what waits until there is none."""
+
+    def __init__(self) -> None:
+        self._one = threading.RLock()
+        self._state = threading.RLock()  # the collector may come to a thread that has it
+        self._open = False
+        self._waiting: list[Callable[[], None]] = []
+
+    @contextlib.contextmanager
+    def taken(self) -> Iterator[None]:
+        """Be the one capture; behind it, do what had to wait."""
+        with self._one:  # to begin one waits for the device
+            with self._state:
+                self._open = True
+            try:
+                yield
+            finally:
+                with self._state:
+                    self._open, waiting = False, self._waiting
+                    self._waiting = []
+                for work in waiting:
+                    self.outside(work)
+
+    def outside(self, work: Callable[[], None]) -> None:
+        with self._state:
+            if self._open:
+                self._waiting.append(work)
+            else:
+                work()
+
+
+_turns = _Turns()
+
+
+def outside(work: Callable[[], None]) -> None:
+    """Do what no thread may do while a graph is captured: now, or as soon as none is."""
+    _turns.outside(work)
+
+
 @contextlib.contextmanager
-def capturing(graph: torch.cuda.CUDAGraph, **options: Any) -> Iterator[None]:
-    """Capture what runs in the context, on the current device, into a graph.
+def capturing(graph: torch.cuda.CUDAGraph, device: torch.device, **options: Any) -> Iterator[None]:
+    """Capture what runs in the context into a graph; the device is the current one there.
+
+    What other threads call meanwhile does not matter (`thread_local`, as torch has it): that of NCCL asks for events,
+    one that reads files copies, and another model may take memory. Unless told, torch captures the stream of the device
+    that was current at the first capture of all: of a model on another one that holds nothing.
 
     To torch its random numbers belong to a capture until one ends well: behind a failed one `torch.randn` would raise.
 
     Args:
         graph: which is captured.
+        device: a GPU; without a number the current one.
         options: of `torch.cuda.graph`.
 
     Raises:
         RuntimeError: what ran is forbidden in a capture, or memory ran out.
     """
-    try:
-        with torch.cuda.graph(graph, **options):
-            yield
-    except RuntimeError:
-        with contextlib.suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="relaxed"):
-            torch.zeros(1, device="cuda")
-        raise
+    with _turns.taken(), torch.cuda.device(device):
+        stream = _stream(torch.cuda.current_device())
+        try:
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local", **options):
+                yield
+        except RuntimeError:
+            again = torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream, capture_error_mode="relaxed")
+            with contextlib.suppress(RuntimeError), again:
+                torch.zeros(1, device="cuda")
+            raise
+
+
+@functools.cache
+def _stream(index: int) -> torch.cuda.Stream:
+    """Return the stream of a device on which graphs are captured."""
+    return torch.cuda.Stream(index)

@@ -14,6 +14,7 @@ import torch
 
 from tersor.errors import KernelError
 from tersor.ops import current
+from tersor.ops.capture import outside
 
 _LEAST_BYTES = 8 << 20
 _STOCK_COUNTERS = 1 << 16
@@ -70,10 +71,14 @@ class Workspace:
             self._streams.clear()
             self._captures.clear()
             self._stock.clear()
-        for index in {index for index, _, _ in reserved}:
-            torch.cuda.synchronize(index)
-        for index, address, _ in reserved:
-            memory.release(address, index)
+
+        def let_go() -> None:
+            for index in {index for index, _, _ in reserved}:
+                torch.cuda.synchronize(index)
+            for index, address, _ in reserved:
+                memory.release(address, index)
+
+        outside(let_go)
 
     def split_sums(self, index: int, stream: int, floats: int, counters: int) -> tuple[int, int, torch.Tensor | None]:
         """Return addresses of at least `floats` float32 and `counters` zeroed uint32 for launches on `stream`.

@@ -31,11 +31,15 @@ class LoadModel:
 
     def __call__(self, number: int) -> LLM:
         """Load the model of an engine, of which a program that has it to itself can let go."""
-        if self.threads:
-            import torch
+        import torch
 
+        config = self.config
+        if self.threads:
             torch.set_num_threads(self.threads)
-        config = replace(self.config, device=f"cuda:{number * self.config.ranks}") if self.numbered else self.config
+        if self.numbered:  # in a process of its own, whose current device it may choose: calls need not, each of them
+            first = number * config.ranks
+            torch.cuda.set_device(first)
+            config = replace(config, device=f"cuda:{first}")
         return LLM(self.model, revision=self.revision, **asdict(config))
 
 

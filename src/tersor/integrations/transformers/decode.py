@@ -200,8 +200,7 @@ class Decoder:
             torch.cuda.current_stream(self.device).wait_stream(side)
             if generator is not None:
                 graph.register_generator_state(generator)
-            capture = capturing(graph, capture_error_mode="thread_local")
-            with torch.cuda.device(self.device), capture, FilledScalars():
+            with capturing(graph, self.device), FilledScalars():
                 self._forward()
             self.graph = graph
         except torch.OutOfMemoryError:
