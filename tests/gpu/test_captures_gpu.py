@@ -1,0 +1,101 @@
+"""Captures of graphs, while other threads and the collector do what one in the same thread forbids."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from tersor.offload import pinned
+from tersor.ops import Workspace
+from tersor.ops.capture import capturing
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def replayed(x: torch.Tensor, graph: torch.cuda.CUDAGraph, y: torch.Tensor) -> None:
+    """Hold that a graph of three sums is one."""
+    x.fill_(5)
+    graph.replay()
+    torch.cuda.synchronize(x.device)
+    assert bool((y == 8).all())
+
+
+@pytest.fixture
+def x() -> Iterator[torch.Tensor]:
+    yield torch.zeros(1 << 16, device="cuda")
+    torch.cuda.empty_cache()
+
+
+def test_other_threads_take_memory_and_wait_for_streams_and_events(x: torch.Tensor) -> None:
+    failed: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            for size in range(1, 20):
+                held = torch.empty(size << 20, pin_memory=True)
+                with torch.cuda.stream(torch.cuda.Stream(x.device)) as _:
+                    stream, event = torch.cuda.current_stream(), torch.cuda.Event()
+                    there = torch.empty(size << 20, device=x.device)
+                    there.copy_(held, non_blocking=True)
+                    event.record(stream)
+                    event.synchronize()
+                    stream.synchronize()
+        except BaseException as error:
+            failed.append(error)
+
+    graph, thread = torch.cuda.CUDAGraph(), threading.Thread(target=work)
+    with capturing(graph, torch.device("cuda")):
+        y = x + 1
+        thread.start()
+        thread.join()
+        y = y + 1
+        y = y + 1
+    assert not failed
+    replayed(x, graph, y)
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_the_collector_lets_go_of_pinned_memory_and_of_a_workspace(x: torch.Tensor, elsewhere: bool) -> None:
+    memory = pinned.allocate(1 << 20, x.device)
+    held: list[Any] = [memory]
+    held.append(held)
+    workspace = Workspace()
+    workspace.split_sums(x.device.index, torch.cuda.current_stream().cuda_stream, 1 << 10, 16)
+    assert workspace.nbytes > 0
+    del memory, held
+    graph = torch.cuda.CUDAGraph()
+
+    def collect() -> None:
+        gc.collect()
+        workspace.close()
+
+    with capturing(graph, torch.device("cuda")):
+        y = x + 1
+        if elsewhere:
+            thread = threading.Thread(target=collect)
+            thread.start()
+            thread.join()
+        else:
+            collect()
+        y = y + 1
+        y = y + 1
+    assert workspace.nbytes == 0
+    replayed(x, graph, y)
+
+
+def test_a_graph_of_a_second_gpu_holds_what_runs_there(x: torch.Tensor) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    for index in (0, 1, 0):
+        own, graph = torch.zeros(1 << 16, device=f"cuda:{index}"), torch.cuda.CUDAGraph()
+        with capturing(graph, own.device):
+            y = own + 1
+            y = y + 1
+            y = y + 1
+        assert torch.cuda.current_device() == 0
+        replayed(own, graph, y)
