@@ -113,7 +113,7 @@ class _Linear(_SingleLevelFunction):
         save(ctx, data, scale, zero_point, *((x, bias) if gate else ()))
         ctx.of, ctx.gated = (scheme, oc, ic, layout), bool(gate)
         with below():
-            return _linear()(x, data, scale, zero_point, bias, scheme, oc, ic, layout, residual, gate)
+            return owned(_linear()(x, data, scale, zero_point, bias, scheme, oc, ic, layout, residual, gate))
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
@@ -162,6 +162,11 @@ def below() -> Iterator[None]:
     """Call an operator below this level of autograd; further levels of torch.func must find gradients switched on."""
     with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), torch._C._AutoDispatchBelowAutograd():
         yield
+
+
+def owned(y: torch.Tensor) -> torch.Tensor:
+    """Return a result as one that may be changed in place: rows that were computed in another shape are a view."""
+    return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
 
 
 def save(ctx: Any, *tensors_: torch.Tensor | None) -> None:

@@ -30,7 +30,7 @@ def functions(
             gradient.save(ctx, *weight)
             ctx.of = of
             with gradient.below():
-                return linear()(x, *weight, bias, *of, residual, 0)
+                return gradient.owned(linear()(x, *weight, bias, *of, residual, 0))
 
         @staticmethod
         def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
