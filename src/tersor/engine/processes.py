@@ -93,7 +93,8 @@ class Processes:
 
 def _serve(link: Connection, worker: int, make: MakeEngine, stop: Any) -> None:
     """Answer what is sent until the other end is closed: outputs, then `Done`, or one line of what went wrong."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the first process drains
+    for one in (signal.SIGINT, signal.SIGTERM):  # may be sent to all; the first process drains
+        signal.signal(one, signal.SIG_IGN)
     try:
         try:
             engine = make(worker)

@@ -370,7 +370,8 @@ class _Children:
 
 def _work(link: Connection, rank: int, port: int, config: EngineConfig, directory: Path, threads: int) -> None:
     """Be a rank: load a part of the model, and launch what the first rank launches."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the first rank ends the others
+    for one in (signal.SIGINT, signal.SIGTERM):  # may be sent to all; the first rank ends the others
+        signal.signal(one, signal.SIG_IGN)
     torch.set_num_threads(threads)  # sums of all ranks are to be the same
     link.send("")
     threading.Thread(target=_end_with, args=(link,), daemon=True).start()
