@@ -213,6 +213,38 @@ def test_a_signal_lets_open_requests_end_and_is_no_failure() -> None:
         process.wait(10)
 
 
+def test_a_second_interrupt_cuts_open_requests_off_without_a_word() -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    try:
+        assert process.stdout is not None and process.stderr is not None
+        url = process.stdout.readline().strip()
+        body = {"prompt": "Hello", "max_tokens": 400, "stream": True}
+        with (
+            httpx.Client(transport=httpx.HTTPTransport(retries=8), timeout=20) as client,
+            client.stream("POST", f"{url}{COMPLETE}", json=body) as response,
+        ):
+            lines = (line for line in response.iter_lines() if line)
+            next(lines)
+            process.send_signal(signal.SIGINT)
+            next(lines)
+            time.sleep(0.3)  # a signal that is already under way would be one with the second
+            process.send_signal(signal.SIGINT)
+            with pytest.raises(httpx.HTTPError):
+                list(lines)
+        assert process.wait(10) == 0
+        assert (process.stdout.read(), process.stderr.read()) == ("closed: True\n", "")
+    finally:
+        process.kill()
+        process.wait(10)
+
+
 def test_what_does_not_end_in_time_is_cut_off() -> None:
     with serving(FakeEngine(tokenizer()), drain_seconds=1) as server, ThreadPoolExecutor(1) as pool:
         server.engine.paused = True

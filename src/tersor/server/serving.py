@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
+import logging
 import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict
+from types import FrameType
 
 import uvicorn
 
@@ -37,7 +40,26 @@ def server_of(engine: AsyncEngine, options: ServerOptions) -> uvicorn.Server:
         lifespan="on",
         ws="none",
     )
-    return uvicorn.Server(config)
+    logging.getLogger("uvicorn.error").addFilter(_is_failure)
+    return _Server(config)
+
+
+class _Server(uvicorn.Server):
+    """A server that a second SIGINT ends at once, and the engine with it: uvicorn's would leave that running."""
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Let open requests end; at a second SIGINT cut them off."""
+        again = self.should_exit and sig == signal.SIGINT
+        super().handle_exit(sig, frame)
+        if again:
+            self.force_exit = False
+            for task in tuple(self.server_state.tasks):
+                task.get_loop().call_soon_threadsafe(task.cancel)
+
+
+def _is_failure(record: logging.LogRecord) -> bool:
+    """Tell whether uvicorn says more than that an answer was cut off."""
+    return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))
 
 
 def bind(options: ServerOptions) -> socket.socket:
