@@ -23,16 +23,12 @@ IC = 192
 """Input channels: one and a half blocks."""
 FORMS: tuple[tuple[str, int | None, str | None, float | None], ...] = (
     ("fp6_e3m2", None, None, None),
-    ("fp5_e2m2", 64, "bfloat16", None),
     ("mxfp4_e2m1", None, None, None),
     ("int8", None, "float32", None),
-    ("int7", 96, None, None),
     ("int4", 32, None, None),
-    ("int5", 96, None, None),
-    ("uint8", None, None, None),
-    ("uint5", 64, None, None),
-    ("uint4", 96, "bfloat16", None),
-    ("uint3", 32, None, None),
+    ("uint5", 96, "bfloat16", None),
+    ("uint6", 64, None, None),
+    ("uint3", None, None, None),
     ("lut3", None, None, None),
     ("fp6_e2m3", None, None, 4),
     ("uint4", 32, None, 10),
@@ -91,10 +87,15 @@ def stored(scheme: Scheme, rows: int, seed: int = 0) -> PackedWeight:
 def mixed(mix: Mix, rows: int, seed: int = 0) -> MixedWeight:
     """Return a random mixed weight in the stored stream; weights of as many rows have the same levels."""
     drawn = torch.randint(len(mix.levels), (rows,), generator=torch.Generator().manual_seed(rows))
-    form = Assignment(mix, bytes(drawn.tolist()))
+    return mixed_of(Assignment(mix, bytes(drawn.tolist())), seed)
+
+
+def mixed_of(form: Assignment, seed: int) -> MixedWeight:
+    """Return a random weight of these levels in the stored stream."""
+    level = torch.tensor(list(form.level))
     sets = [
-        PackedWeight.from_encoded(encode(plain(rows, seed)[drawn == number], scheme))
-        for number, scheme in enumerate(mix.levels)
+        PackedWeight.from_encoded(encode(plain(len(level), seed)[level == number], scheme))
+        for number, scheme in enumerate(form.mix.levels)
         if form.rows[number]
     ]
     return MixedWeight.of(form, sets)

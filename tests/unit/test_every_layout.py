@@ -6,6 +6,7 @@ import copy
 import pickle
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,6 +21,7 @@ from helpers.every_layout import (
     check_mixed,
     check_stack,
     mixed,
+    mixed_of,
     named,
     same,
     stored,
@@ -28,7 +30,7 @@ from helpers.every_layout import (
 )
 
 from tersor import ops
-from tersor.formats import Scheme
+from tersor.formats import Assignment, Scheme
 from tersor.integrations.transformers.joined import Join, PackedPart
 from tersor.layouts import (
     STREAM,
@@ -41,9 +43,11 @@ from tersor.layouts import (
 from tersor.layouts.shard import Part
 from tersor.models import stored_experts
 from tersor.nn import MixedLinear, PackedLinear, PackedStack, Rows
+from tersor.nn.mixed_stack import MixedStack
 from tersor.offload.image import Image
 from tersor.ops import row_sets, stacks
 
+NAMES = ("weight_packed", "weight_scale", "weight_zero_point")
 SIZES = (1, 136)
 """Rows: one alone, and no whole units."""
 
@@ -64,9 +68,9 @@ def moved(weight: PackedWeight) -> PackedWeight:
 
 
 def spans(rows: int, unit: int) -> list[tuple[int, int]]:
-    """Rows that may be taken alone, those of the middle before all others."""
+    """Rows that may be taken alone: a unit at a time, and all but the first."""
     ends = [*range(0, rows, unit), rows]
-    return [(first, last) for first in ends for last in ends if first < last]
+    return [*pairwise(ends), (unit if rows > unit else 0, rows)]
 
 
 @pytest.mark.parametrize(("scheme", "layout"), named(PLACED))
@@ -189,8 +193,7 @@ def test_a_layer_of_experts_shows_what_is_stored(
     monkeypatch.setattr(ops, "preferred_layout", lambda *_: layout)
     whole = StackedWeight.stack([stored(scheme, 72, seed) for seed in range(2)])
     module = PackedStack((2, 72, 192), scheme, rows, dtype=torch.float32)
-    names = ("weight_packed", "weight_scale", "weight_zero_point")
-    state = {name: one for name, one in zip(names, tensors_of(whole), strict=False) if one is not None}
+    state = {name: one for name, one in zip(NAMES, tensors_of(whole), strict=False) if one is not None}
     module.load_state_dict(state)
     for one in (module, module.half().float()):
         ready = one.ready(torch.float32)
@@ -245,3 +248,30 @@ def test_mixed_experts_keep_their_numbers(layout: str, experts: int, monkeypatch
         check_mixed(stack.to_layout(to(STREAM)), wanted, STREAM)
         assert same(stack.expert(experts - 1), parts[-1].to_layout(here))
         assert same(stored_experts._stacked(read_by(layout), experts, parts.__getitem__), stack)
+
+
+@pytest.mark.parametrize("rows", Rows)
+@pytest.mark.parametrize("layout", MIXES)
+def test_a_layer_of_mixed_experts_shows_what_is_stored(
+    layout: str, rows: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ops, "preferred_layout", lambda *_: layout)
+    mix = MIXES[layout]
+    half = torch.randint(len(mix.levels), (100,), generator=torch.Generator().manual_seed(1))
+    level = half.repeat_interleave(2) if rows is Rows.PAIRS else half.repeat(2)
+    form = Assignment(mix, bytes(level.tolist()))
+    whole = StackedMixedWeight.stack([mixed_of(form, seed) for seed in range(2)])
+    module = MixedStack((2, 200, 192), form, rows, dtype=torch.float32)
+    state = {"weight_level": level.to(torch.uint8)}
+    for number, one in enumerate(whole.sets):
+        state |= {
+            f"levels.{number}.{name}": own for name, own in zip(NAMES, tensors_of(one), strict=False) if own is not None
+        }
+    module.load_state_dict(state)
+    for one in (module, copy.deepcopy(module), module.half().float()):
+        ready = one.ready(torch.float32)
+        assert torch.equal(one.weight, whole.dequantize())
+        wanted = whole.dequantize() if rows is Rows.PLAIN else torch.cat(rows.halves(whole.dequantize()), dim=1)
+        check_mixed(ready, wanted, layout)
+        after = one.state_dict()
+        assert state.keys() == after.keys() and all(torch.equal(state[name], after[name]) for name in state)

@@ -23,6 +23,7 @@ from helpers.every_layout import (
     plain,
     same,
     stored,
+    to,
 )
 from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
@@ -43,8 +44,10 @@ from tersor.layouts import (
 from tersor.layouts.shard import Part
 from tersor.models.config import DecoderConfig
 from tersor.models.random import random_decoder
-from tersor.models.streamed import Offload, weights_of
+from tersor.models.streamed import Offload, weights_of, with_weights
+from tersor.models.weights import Product
 from tersor.nn import MixedLinear, PackedEmbedding, PackedLinear, TiedLinear
+from tersor.offload.image import Image
 from tersor.ops import reference
 
 
@@ -77,6 +80,29 @@ def test_a_tied_head_has_the_weight_of_its_embedding(
     for one in (model, copy.deepcopy(model), model.half()):
         check(one["head"].packed_weight(), stored(scheme, 72).dequantize(), layout)
         check(one["embedding"].packed_weight(), stored(scheme, 72).dequantize(), STREAM)
+
+
+def brought(product: Product) -> Any:
+    """Return the weight of a product with tensors that are views of one piece of bytes, as where a layer streams."""
+    tensors = weights_of(product)  # type: ignore[arg-type]
+    image = Image.of(tensors)
+    memory = torch.full((image.nbytes,), 255, dtype=torch.uint8)
+    image.write(memory, tensors)
+    views = iter(image.views(memory))
+    return with_weights(product, lambda _: next(views)).weight  # type: ignore[arg-type, attr-defined]
+
+
+@pytest.mark.parametrize(("scheme", "layout"), named(PLACED))
+def test_weights_that_stream_have_the_bytes_of_those_that_stay(scheme: Scheme, layout: str) -> None:
+    weight = stored(scheme, 136).to_layout(layout)
+    assert same(brought(Product(weight)), weight)
+
+
+@pytest.mark.parametrize("layout", MIXES)
+def test_mixed_weights_that_stream_have_the_bytes_of_those_that_stay(layout: str) -> None:
+    weight = mixed(MIXES[layout], 200).to_layout(to(layout))
+    found = brought(Product(weight))
+    assert same(found, weight) and torch.equal(found.dequantize(), weight.dequantize())
 
 
 @pytest.mark.parametrize("kind", ["qwen3_moe", "llama"])
@@ -122,7 +148,7 @@ def test_a_pruned_weight_keeps_its_numbers(
 
     def check_sparse(found: SparseWeight, wanted: torch.Tensor) -> None:
         tiles = TiledSparseWeight.of(found, target, places)
-        for one in (found, tiles, tiles.stored()):
+        for one in (found, tiles, tiles.stored(), brought(Product(tiles)), brought(Product(found))):
             assert torch.equal(one.dequantize(), wanted)
         for own, other in zip(tiles.stored().tensors(), found.tensors(), strict=True):
             assert torch.equal(own, other)
