@@ -11,7 +11,7 @@ from helpers.emulated import COMPILER, Emulated, tensor_map
 from helpers.mixes import pack
 from helpers.multiplied import multiplied
 
-from tersor.formats import Activations, Assignment, Mix, get_scheme
+from tersor.formats import Activations, Assignment, Mix, Scheme, get_scheme
 from tersor.formats.mix import MOST_LEVELS
 from tersor.hardware import CHIPS
 from tersor.kernels import experts as uniform_kernels
@@ -200,15 +200,21 @@ def test_gate_and_up_of_tokens_that_the_kernel_fetches_become_the_channels_of_th
     torch.testing.assert_close(y[places].double(), Gate.SILU.combine(*products), rtol=3e-3, atol=2e-2)
 
 
-def test_experts_of_one_scheme_are_what_they_were(folder: Path) -> None:
-    tile = sm90.Tile(8, 1, 4, 1, 1)
-    made = [
-        pack(torch.randn(150, IC, generator=torch.Generator().manual_seed(n)), MIX.levels[1]) for n in range(EXPERTS)
-    ]
-    weight = StackedWeight.stack(made)
+@pytest.mark.parametrize(
+    ("scheme", "tile"),
+    [
+        (MIX.levels[1], sm90.Tile(8, 1, 4, 1, 1)),
+        (get_scheme("uint4", 32), sm90.Tile(16, 1, 1, 1, 2, Activations.INT8)),  # whole rows by ratios
+        (get_scheme("uint6", 32), sm90.Tile(16, 1, 1, 1, 2, Activations.INT8)),  # sums of groups
+        (get_scheme("lut3"), sm90.Tile(8, 1, 4, 1, 1)),
+    ],
+    ids=["groups", "ratios", "sums of groups", "tables"],
+)
+def test_experts_of_one_scheme_are_what_they_were(scheme: Scheme, tile: sm90.Tile, folder: Path) -> None:
+    made = [pack(torch.randn(150, IC, generator=torch.Generator().manual_seed(n)), scheme) for n in range(EXPERTS)]
+    weight, decoded = StackedWeight.stack(made), torch.stack([multiplied(one, tile.activations) for one in made])
     x = torch.randn(len(INDEX), IC, generator=torch.Generator().manual_seed(5)).half()
     places, _ = known_pairs(tile)
     for ctas in (2, 7):
         y, read, _ = product(weight, tile, x, ctas, folder)
-        wanted = exact(read, weight.dequantize(torch.float32), tile)
-        torch.testing.assert_close(y[places].double(), wanted, rtol=1e-3, atol=4e-3)
+        torch.testing.assert_close(y[places].double(), exact(read, decoded, tile), rtol=1e-3, atol=4e-3)

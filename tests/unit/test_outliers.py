@@ -30,6 +30,7 @@ from tersor.formats import (
     outlier_words,
 )
 from tersor.layouts import PackedWeight
+from tersor.layouts.shard import Part
 from tersor.nn import PackedEmbedding, PackedLinear
 from tersor.ops import Gate
 from tersor.ops.outliers import sums
@@ -275,6 +276,16 @@ def test_outliers_of_some_columns_are_those_in_them() -> None:
     assert outlier_values(left, "bfloat16").tolist() == [[1, 0, 0], [4, 5, 6], [0, 0, 0]]
     assert outlier_columns(right).tolist() == [[8, 9, 0], [0, 0, 0], [1, 18, 31]]
     assert cut_outliers(words, (4, 8)).tolist() == [[0], [0], [0]]
+
+
+def test_cuts_whose_rows_keep_different_numbers_of_outliers_are_joined() -> None:
+    parts = [packed(oc=2, seed=seed).cut(Part(columns=(0, 32))) for seed in (0, 2)]
+    kept = [part.outliers.shape[1] for part in parts if part.outliers is not None]
+    assert len(set(kept)) == 2
+    decoded = [part.dequantize() for part in parts]
+    assert torch.equal(PackedWeight.stack(parts).dequantize(), torch.cat(decoded))
+    gate, up = PackedWeight.gate_up(*parts).split_gate_up()
+    assert torch.equal(gate.dequantize(), decoded[0]) and torch.equal(up.dequantize(), decoded[1])
 
 
 # Products

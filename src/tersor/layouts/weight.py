@@ -260,6 +260,8 @@ def _joined(weights: Sequence[PackedWeight], join: Callable[[list[torch.Tensor]]
     data, scale = join([weight.data for weight in stored]), join([weight.scale for weight in stored])
     zero_points = [weight.zero_point for weight in stored if weight.zero_point is not None]
     kept = [weight.outliers for weight in stored if weight.outliers is not None]
+    most = max((words.shape[1] for words in kept), default=0)  # cuts of columns differ in what their rows keep
+    kept = [torch.nn.functional.pad(words, (0, most - words.shape[1])) for words in kept]
     zero_point, outliers = (join(one) if one else None for one in (zero_points, kept))
     return PackedWeight(scheme, (data.shape[0], ic), data, scale, zero_point, outliers=outliers)
 
