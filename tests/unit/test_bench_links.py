@@ -29,7 +29,7 @@ def test_two_processes_measure_what_a_plan_reads(tmp_path: Path, capsys: pytest.
     words = ["plan", "llama-3-70b", "--devices", "2", "--chip", "h200", "--links", str(path)]
     assert run(words) == 0
     assert "links: links.json" in capsys.readouterr().out
-    assert run([*words, "--explain", "pipeline"]) == 0
+    assert run([*words, "--pipeline-parallel", "2", "--explain", "pipeline"]) == 0
     assert "measured: gloo" in " ".join(capsys.readouterr().out.split())
 
 
