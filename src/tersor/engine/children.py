@@ -83,6 +83,12 @@ class Children:
         self._children.clear()
 
 
+def leave_signals() -> None:
+    """Ignore, in a process that another one has started, what may be sent to all of a group: that one ends this."""
+    for one in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(one, signal.SIG_IGN)
+
+
 def _join(child: BaseProcess, seconds: float) -> None:
     child.join(timeout=seconds)
     if child.is_alive():

@@ -7,7 +7,6 @@ whatever it does meanwhile; steps run in the main thread (`loop`).
 from __future__ import annotations
 
 import os
-import signal
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import closing
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple, Protocol
 
+from tersor.engine.children import leave_signals
 from tersor.engine.core import Core
 from tersor.engine.garbage import left_alone
 from tersor.engine.loop import Loop, Told
@@ -124,8 +124,7 @@ def work(link: Connection, number: int, load: Load) -> None:
         number: of the copy.
         load: loads the model.
     """
-    for one in (signal.SIGINT, signal.SIGTERM):  # may be sent to all; the first process lets open requests end
-        signal.signal(one, signal.SIG_IGN)
+    leave_signals()  # the first process lets open requests end
     copy = _Copy(link)
     threading.Thread(target=copy.listen, name="tersor copy", daemon=True).start()
     try:

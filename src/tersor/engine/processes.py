@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import multiprocessing
-import signal
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from tersor.engine.batch_items import BatchEngine, Item
-from tersor.engine.children import RESTARTS, Children
+from tersor.engine.children import RESTARTS, Children, leave_signals
 from tersor.engine.dispatch import Done, Event, Lost, run_over
 from tersor.engine.outputs import Answer
 from tersor.errors import InputError, TersorError
@@ -93,8 +92,7 @@ class Processes:
 
 def _serve(link: Connection, worker: int, make: MakeEngine, stop: Any) -> None:
     """Answer what is sent until the other end is closed: outputs, then `Done`, or one line of what went wrong."""
-    for one in (signal.SIGINT, signal.SIGTERM):  # may be sent to all; the first process drains
-        signal.signal(one, signal.SIG_IGN)
+    leave_signals()  # the first process drains
     try:
         try:
             engine = make(worker)

@@ -26,6 +26,7 @@ from torch.distributed import ProcessGroup
 
 from tersor.checkpoint.source import Source, open_source
 from tersor.engine.build import build
+from tersor.engine.children import leave_signals
 from tersor.engine.config import EngineConfig
 from tersor.engine.orders import Line
 from tersor.errors import InputError, LostError, TersorError
@@ -370,8 +371,7 @@ class _Children:
 
 def _work(link: Connection, rank: int, port: int, config: EngineConfig, directory: Path, threads: int) -> None:
     """Be a rank: load a part of the model, and launch what the first rank launches."""
-    for one in (signal.SIGINT, signal.SIGTERM):  # may be sent to all; the first rank ends the others
-        signal.signal(one, signal.SIG_IGN)
+    leave_signals()
     torch.set_num_threads(threads)  # sums of all ranks are to be the same
     link.send("")
     threading.Thread(target=_end_with, args=(link,), daemon=True).start()

@@ -24,9 +24,9 @@ from tersor.models.weights import Matrix
 _SHARDS = ("w1", "w3", "w2")
 """What vLLM calls gate, up and down."""
 _PREFIXES = {"w1": "w13_", "w3": "w13_", "w2": "w2_"}
+_CALLED = {GATE: "w1", UP: "w3", DOWN: "w2"}
 _TOGETHER = 256 << 20
 """Bytes of plain weights that are packed at once: many small matrices take as many launches as one."""
-_CALLED = {GATE: "w1", UP: "w3", DOWN: "w2"}
 
 
 class Stacks(nn.Module):
