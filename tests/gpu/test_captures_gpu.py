@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -85,6 +86,33 @@ def test_the_collector_lets_go_of_pinned_memory_and_of_a_workspace(x: torch.Tens
         y = y + 1
         y = y + 1
     assert workspace.nbytes == 0
+    replayed(x, graph, y)
+
+
+def test_the_collector_lets_go_of_another_graph_once_there_is_this_one(x: torch.Tensor) -> None:
+    """A graph is torch's, and in a cycle, as that of an error: let go of in this thread it would break the capture."""
+    other = torch.cuda.CUDAGraph()
+    with capturing(other, torch.device("cuda")):
+        y = x + 1
+    other.replay()
+    held: list[Any] = [other]
+    held.append(held)
+    there, before = weakref.ref(other), gc.get_threshold()
+    del other, held
+    graph = torch.cuda.CUDAGraph()
+    gc.set_threshold(1)
+    try:
+        with capturing(graph, torch.device("cuda")):
+            y = x + 1
+            made: list[list[list[int]]] = [[[]] for _ in range(1000)]
+            y = y + 1
+            assert there() is not None
+            y = y + 1
+        made += [[[]] for _ in range(1000)]
+    finally:
+        gc.set_threshold(*before)
+    gc.collect()
+    assert there() is None and len(made) == 2000
     replayed(x, graph, y)
 
 

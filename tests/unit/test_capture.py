@@ -151,3 +151,17 @@ def test_an_engine_of_several_makes_its_gpu_the_current_one(monkeypatch: pytest.
     monkeypatch.setattr(engines, "LLM", lambda model, **options: made.append(options["device"]))
     engines.LoadModel("model", None, EngineConfig(tensor_parallel=2), numbered=True)(3)
     assert made == [6, "cuda:6"]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("collects", [False, True])
+def test_the_collector_rests_while_a_graph_is_captured(gpus: Gpus, collects: bool, fails: bool) -> None:
+    (gc.enable if collects else gc.disable)()
+    try:
+        with contextlib.suppress(RuntimeError), capturing(torch.cuda.CUDAGraph(), torch.device("cuda:0")):
+            assert not gc.isenabled()
+            if fails:
+                raise RuntimeError("memory ran out")
+        assert gc.isenabled() is collects
+    finally:
+        gc.enable()

@@ -1,14 +1,16 @@
 """A CUDA graph is captured on its own GPU, undisturbed; a capture that fails leaves torch as it was.
 
 While a graph is captured CUDA refuses some calls and takes the capture for broken: in the thread that captures, all
-that waits or lets go of memory; in any thread, to wait for the whole device. What Python's collector does comes in any
-thread at any time, so what it calls for memory goes through `outside`.
+that waits or lets go of memory; in any thread, to wait for the whole device. What is let go of elsewhere comes at any
+time, so what that calls for memory goes through `outside`. Python's collector rests meanwhile: what it finds may be
+torch's own, such as the graph of an error that was handled, and torch lets go of it at once.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -31,9 +33,13 @@ class _Turns:
         with self._one:  # to begin one waits for the device
             with self._state:
                 self._open = True
+            collects = gc.isenabled()
+            gc.disable()
             try:
                 yield
             finally:
+                if collects:
+                    gc.enable()
                 with self._state:
                     self._open, waiting = False, self._waiting
                     self._waiting = []
