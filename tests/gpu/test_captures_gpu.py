@@ -100,10 +100,10 @@ def test_the_collector_lets_go_of_another_graph_once_there_is_this_one(x: torch.
     there, before = weakref.ref(other), gc.get_threshold()
     del other, held
     graph = torch.cuda.CUDAGraph()
-    gc.set_threshold(1)
     try:
         with capturing(graph, torch.device("cuda")):
             y = x + 1
+            gc.set_threshold(1)
             made: list[list[list[int]]] = [[[]] for _ in range(1000)]
             y = y + 1
             assert there() is not None
@@ -114,6 +114,14 @@ def test_the_collector_lets_go_of_another_graph_once_there_is_this_one(x: torch.
     gc.collect()
     assert there() is None and len(made) == 2000
     replayed(x, graph, y)
+
+
+def test_a_capture_that_fails_leaves_the_stream_that_was_current(x: torch.Tensor) -> None:
+    for stream in (torch.cuda.default_stream(), torch.cuda.Stream()):
+        with torch.cuda.stream(stream):
+            with pytest.raises(RuntimeError), capturing(torch.cuda.CUDAGraph(), torch.device("cuda")):
+                (x + 1).cpu()
+            assert torch.cuda.current_stream() == stream
 
 
 def test_a_graph_of_a_second_gpu_holds_what_runs_there(x: torch.Tensor) -> None:

@@ -23,8 +23,12 @@ from tersor.engine.sampler import Sampler
 from tersor.errors import TersorError
 from tersor.formats import get_scheme
 from tersor.models.random import random_decoder
+from tersor.models.reading import Reading
 from tersor.models.streamed import Offload
 from tersor.offload import pinned
+from tersor.offload.disk import DiskStore
+from tersor.offload.host import HostStore
+from tersor.offload.image import Image
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -173,3 +177,56 @@ def test_a_disk_is_read_at_most_of_its_speed(tmp_path: Path, capsys: pytest.Capt
     share = latency.link_share(row)
     assert share is not None and share > 0.5 and not row["cuda_graph"] and row["streamed_bytes"] > 1e9
     print(f"{row['milliseconds']:.1f} ms a step, {share:.2f} of the disk")
+
+
+LATE = 1 << 28
+"""Cycles of a GPU, a tenth of a second, behind which a stream gives what it is to give."""
+
+
+@pytest.mark.parametrize("kind", ["host", "disk"])
+def test_images_hold_what_the_stream_of_the_caller_is_still_to_make(kind: str, tmp_path: Path) -> None:
+    store = store_of(kind, tmp_path)
+    made = torch.zeros(1 << 20, dtype=torch.uint8, device="cuda")
+    image = Image.of([made])
+    slot = torch.zeros(image.nbytes, dtype=torch.uint8, device="cuda")
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(LATE)
+        made.fill_(7)
+        store.add(image, [made])
+        store.serve([slot])
+        store.wait(store.load(0, 0))  # type: ignore[arg-type]
+        found = slot.cpu()
+    assert bool((found == 7).all())
+
+
+@pytest.mark.parametrize("kind", ["host", "disk"])
+def test_a_slot_that_nobody_has_any_more_is_not_others_before_its_copy_came(kind: str, tmp_path: Path) -> None:
+    store = store_of(kind, tmp_path)
+    made = torch.full((1 << 24,), 7, dtype=torch.uint8, device="cuda")
+    image = Image.of([made])
+    store.add(image, [made])
+    slots = [torch.zeros(image.nbytes, dtype=torch.uint8, device="cuda")]
+    store.serve(slots)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(store._link._stream):
+        torch.cuda._sleep(LATE)
+    mark: Any = store.load(0, 0)
+    if kind == "disk":
+        mark.issued.wait()
+        mark.into = None
+    slots.clear()
+    store._slots = ()
+    other = torch.full((image.nbytes,), 1, dtype=torch.uint8, device="cuda")
+    torch.cuda.synchronize()
+    assert bool((other == 1).all())
+
+
+def test_threads_that_read_a_model_launch_on_the_stream_of_who_asks() -> None:
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream), Reading(torch.device("cuda")) as reading:
+        assert reading.each(lambda _: torch.cuda.current_stream() == stream, range(64)) == [True] * 64
+
+
+def store_of(kind: str, folder: Path) -> HostStore | DiskStore:
+    return HostStore(torch.device("cuda")) if kind == "host" else DiskStore(folder, torch.device("cuda"), buffers=3)

@@ -25,12 +25,13 @@ class Gpus:
 
     Attributes:
         current: its index.
+        stream: that is current.
         captured: (stream, device that is current, mode) of each capture.
         said: what was called that a capture forbids, and whether one was under way.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.current, self.open = 0, False
+        self.current, self.open, self.stream = 0, False, "of the caller"
         self.captured: list[tuple[Any, int, str]] = []
         self.said: list[tuple[str, bool]] = []
 
@@ -47,11 +48,20 @@ class Gpus:
             made: Any, stream: Any = None, capture_error_mode: str = "global", pool: Any = None
         ) -> Iterator[None]:
             self.captured.append((stream, self.current, capture_error_mode))
-            self.open = True
+            self.open, before, self.stream = True, self.stream, stream
             try:
                 yield
             finally:
                 self.open = False
+            self.stream = before  # as torch does: not behind a capture that failed
+
+        @contextlib.contextmanager
+        def launching(stream: Any) -> Iterator[None]:
+            before, self.stream = self.stream, stream
+            try:
+                yield
+            finally:
+                self.stream = before
 
         self.zeros: list[int] = []
         monkeypatch.setattr(torch.cuda, "device", on)
@@ -59,6 +69,8 @@ class Gpus:
         monkeypatch.setattr(torch.cuda, "Stream", lambda index: f"stream of {index}")
         monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
         monkeypatch.setattr(torch.cuda, "graph", graph)
+        monkeypatch.setattr(torch.cuda, "stream", launching)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: self.stream)
         monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: self.said.append(("waits", self.open)))
         monkeypatch.setattr(torch, "zeros", lambda *sizes, device: self.zeros.append(self.current))
         capture._stream.cache_clear()
@@ -85,6 +97,7 @@ def test_what_a_failed_capture_leaves_is_put_right_on_its_own_device(gpus: Gpus)
     with pytest.raises(RuntimeError, match="forbidden"), capturing(object(), torch.device("cuda:1")):  # type: ignore[arg-type]
         raise RuntimeError("forbidden")
     assert gpus.captured[1:] == [("stream of 1", 1, "relaxed")] and gpus.zeros == [1]
+    assert gpus.stream == "of the caller"
     done: list[int] = []
     outside(lambda: done.append(1))
     assert done == [1]

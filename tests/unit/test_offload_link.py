@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,12 @@ class Gpu:
             yield
             gpu.inside.pop()
 
+        def taken(stream: Stream) -> None:
+            gpu.said.append((threading.current_thread().name.partition("_")[0], "launches on", stream.name))
+
+        def recorded(memory: torch.Tensor, stream: Stream) -> None:
+            gpu.said.append((stream.name, "uses", memory.numel()))
+
         copy, add = torch.Tensor.copy_, torch.Tensor.add_
 
         def copied(into: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
@@ -76,6 +83,8 @@ class Gpu:
         monkeypatch.setattr(torch.cuda, "Event", Event)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream(CURRENT))
         monkeypatch.setattr(torch.cuda, "stream", on)
+        monkeypatch.setattr(torch.cuda, "set_stream", taken)
+        monkeypatch.setattr(torch.Tensor, "record_stream", recorded)
         monkeypatch.setattr(torch.Tensor, "copy_", copied)
         monkeypatch.setattr(torch.Tensor, "add_", added)
         monkeypatch.setattr(torch, "zeros", lambda *sizes, device=None, **options: empty(*sizes, **options))
@@ -94,6 +103,7 @@ def test_a_copy_waits_for_what_was_launched_and_readers_wait_for_it_behind_a_bar
     store.serve([slot])
     store.wait(store.load(0, 0))
     assert gpu.said == [
+        (COPIES, "uses", image.nbytes),
         (CURRENT, "comes to", 1),
         (COPIES, "waits for", 1),
         (COPIES, "copies", image.nbytes),
@@ -115,8 +125,11 @@ def test_a_disk_fills_the_slots_of_a_gpu_that_is_named_with_a_number_or_without(
     tensor = torch.arange(5000)
     image = Image.of([tensor])
     store.add(image, [tensor])
+    assert gpu.said and set(gpu.said) == {("offload-write", "launches on", CURRENT)}
+    gpu.said.clear()
     slot = torch.zeros(image.nbytes, dtype=torch.uint8)
     store.serve([slot])
+    assert gpu.said == [(COPIES, "uses", image.nbytes)]
     gpu.said.clear()
     for _ in range(2):
         store.wait(store.load(0, 0))

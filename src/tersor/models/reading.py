@@ -14,6 +14,7 @@ import torch
 from tersor.checkpoint.names import TORCH_DTYPES
 from tersor.checkpoint.source import StoredTensor
 from tersor.layouts.shard import Part, Span
+from tersor.ops import current
 
 _Made = TypeVar("_Made")
 
@@ -32,8 +33,9 @@ class Reading:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="read")
-        self._callers = ThreadPoolExecutor(THREADS, thread_name_prefix="read-each")
+        begin = current.same_stream(device)
+        self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="read", initializer=begin)
+        self._callers = ThreadPoolExecutor(THREADS, thread_name_prefix="read-each", initializer=begin)
         self._own = threading.local()
 
     def __enter__(self) -> Reading:

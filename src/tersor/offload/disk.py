@@ -27,6 +27,7 @@ from tersor.errors import OutputError, TersorError
 from tersor.offload import pinned
 from tersor.offload.image import BLOCK, Image
 from tersor.offload.link import Link
+from tersor.ops import current
 
 CHUNK = 16 << 20
 """Bytes that a thread reads at once."""
@@ -145,7 +146,8 @@ class DiskStore:
                 free.put(buffer)
 
         try:
-            with ThreadPoolExecutor(self._threads, thread_name_prefix="offload-write") as pool:
+            begin = current.same_stream(self._link.device)
+            with ThreadPoolExecutor(self._threads, thread_name_prefix="offload-write", initializer=begin) as pool:
                 list(pool.map(write, range(0, image.nbytes, self._chunk)))
         except OSError as error:
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -157,6 +159,7 @@ class DiskStore:
     def serve(self, slots: Sequence[torch.Tensor]) -> None:
         """Be ready to fill slots, uint8 on the device, as large as the largest image each; nothing is added then."""
         self._slots = slots
+        self._link.fills(slots)
         self._feeds.append(_Feed(self._file, self._ring, self._link, self._threads))
 
     def bandwidth(self) -> float:

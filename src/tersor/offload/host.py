@@ -52,6 +52,7 @@ class HostStore:
     def serve(self, slots: Sequence[torch.Tensor]) -> None:
         """Be ready to fill slots, uint8 on the device, as large as the largest image each."""
         self._slots = slots
+        self._link.fills(slots)
 
     def bandwidth(self, repeats: int = 16) -> float:
         """Return the bytes per second of plain copies of other pinned memory, as large as the largest image."""

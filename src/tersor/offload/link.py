@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 
@@ -51,6 +53,12 @@ class Link:
             return
         with torch.cuda.stream(self._stream):
             into.copy_(source, non_blocking=True)
+
+    def fills(self, slots: Sequence[torch.Tensor]) -> None:
+        """Keep memory that copies go to until the last has come, even when nobody has it any more."""
+        if self._stream is not None:
+            for slot in slots:
+                slot.record_stream(self._stream)
 
     def finish(self) -> None:
         """Wait on the host until the copies so far are done."""

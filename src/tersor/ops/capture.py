@@ -71,6 +71,7 @@ def capturing(graph: torch.cuda.CUDAGraph, device: torch.device, **options: Any)
     that was current at the first capture of all: of a model on another one that holds nothing.
 
     To torch its random numbers belong to a capture until one ends well: behind a failed one `torch.randn` would raise.
+    Nor does torch go back to the stream that was current: what follows would be launched on that of captures.
 
     Args:
         graph: which is captured.
@@ -80,7 +81,7 @@ def capturing(graph: torch.cuda.CUDAGraph, device: torch.device, **options: Any)
     Raises:
         RuntimeError: what ran is forbidden in a capture, or memory ran out.
     """
-    with _turns.taken(), torch.cuda.device(device):
+    with _turns.taken(), torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream()):
         stream = _stream(torch.cuda.current_device())
         try:
             with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local", **options):

@@ -5,6 +5,7 @@ torch keeps the quick functions for the code that torch.compile generates; where
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from typing import TypeVar
@@ -49,3 +50,18 @@ empty: Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], torch.Tensor] =
     "torch._C._dynamo.guards", "_empty_strided_cuda", _empty
 )
 """Return an uninitialised tensor of a size, strides and a dtype on the current CUDA device."""
+
+
+def same_stream(device: torch.device) -> Callable[[], None]:
+    """Return what another thread calls to launch on the stream of a device that is current in this one.
+
+    A thread begins on the default stream, which neither waits for a stream that this one may be on, nor is waited for:
+    what both launch would run in any order.
+    """
+    if device.type != "cuda":
+        return _nothing
+    return functools.partial(torch.cuda.set_stream, torch.cuda.current_stream(device))
+
+
+def _nothing() -> None:
+    """Do nothing."""
