@@ -31,7 +31,7 @@ VERBS: dict[str, tuple[str, str]] = {
         "Answer a file of requests in OpenAI's batch format; --resume goes on.",
     ),
     "plan": ("tersor.cli.plan", "Plan how a model is spread over GPUs: what each holds, what it costs, and why."),
-    "run": ("tersor.cli.run", "Serve, batch, generate or bench latency by a plan."),
+    "run": ("tersor.cli.run", "Serve, batch, generate or time a model by a plan."),
     "bench": ("tersor.cli.bench", "Time linears against their rivals; measure which kernel configuration is fastest."),
     "compile": ("tersor.cli.compile", "Compile the kernels of a compressed model ahead of its first run."),
     "doctor": ("tersor.cli.doctor", "Show versions, GPUs, who serves a linear and why, and the kernel cache."),
