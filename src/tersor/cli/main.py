@@ -32,7 +32,7 @@ VERBS: dict[str, tuple[str, str]] = {
     ),
     "plan": ("tersor.cli.plan", "Plan how a model is spread over GPUs: what each holds, what it costs, and why."),
     "run": ("tersor.cli.run", "Serve, batch, generate or time a model by a plan."),
-    "bench": ("tersor.cli.bench", "Time linears against their rivals; measure which kernel configuration is fastest."),
+    "bench": ("tersor.cli.bench", "Time linears, experts, decode steps and workloads; find the fastest kernels."),
     "compile": ("tersor.cli.compile", "Compile the kernels of a compressed model ahead of its first run."),
     "doctor": ("tersor.cli.doctor", "Show versions, GPUs, who serves a linear and why, and the kernel cache."),
     "demo": ("tersor.cli.demo", "Compress the bundled model to five formats and compare them."),
