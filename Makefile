@@ -77,13 +77,16 @@ vllm-interfaces: vllm-wheels
 gpu-test: $(READY_DEV)
 	$(PYTHON) bench/gpu_tests.py
 
-# What the README's table shows and the rest of Llama-2-70B and Llama-3-8B; then the other formats, and bfloat16.
+# What the README's tables of linears and experts show, and the rest of Llama-2-70B and Llama-3-8B; then other formats,
+# bfloat16, and more experts.
 MEASURED := llama-2-70b llama-3-8b --n 1,16,32,64,128,256,1024,4096 --activations 16bit,fp8
 FORMATS := fp6_e3m2 fp6_e2m3 fp6_e3m2:g128 fp5_e2m2 fp4_e2m1 int4:g128 uint4:g128 int4 int8
 OTHERS := 8192x8192 57344x8192 --against none --chain pdl
 MORE := $(OTHERS) --n 1,16 $(FORMATS:%=--format %)
 BF16 := $(OTHERS) --n 1,16,128,1024 --dtype bfloat16
-EXPERTS := qwen3-30b-a3b mixtral-8x7b gpt-oss-20b gpt-oss-120b olmoe --n 1,8,32,64,512,2048,8192 --against torch,humming
+EXPERTS := qwen3-30b-a3b --n 1,8,32,64,512,2048 --against torch,humming
+MODELS := qwen3-30b-a3b mixtral-8x7b gpt-oss-20b gpt-oss-120b olmoe deepseek-v3
+MORE_EXPERTS := $(MODELS) --n 1,8,32,64,512,2048,8192 --against torch
 # The README's picture, drawn from the first of these results; it needs no GPU.
 PICTURE := 8192x8192 57344x8192 --n 1,16,32,64,128,256,1024 --chain pdl
 
@@ -93,6 +96,7 @@ bench: $(READY_DEV)
 	$(PYTHON) -m tersor bench linear $(MORE) --output bench/results/linear_h200_more.json
 	$(PYTHON) -m tersor bench linear $(BF16) --output bench/results/linear_h200_bf16.json
 	$(PYTHON) -m tersor bench experts $(EXPERTS) --output bench/results/experts_h200.json
+	$(PYTHON) -m tersor bench experts $(MORE_EXPERTS) --output bench/results/experts_h200_more.json
 	$(PYTHON) bench/host.py
 	$(PYTHON) bench/generate.py --eager
 	$(PYTHON) bench/generate.py --geometry qwen3-30b-a3b --batch 1,8,32,64

@@ -19,9 +19,9 @@ from tersor.checkpoint.source import open_source
 from tersor.compress import encode
 from tersor.convert import quantize
 from tersor.errors import InputError, UnsupportedError
-from tersor.formats import get_scheme
+from tersor.formats import Scheme, get_scheme
 from tersor.hardware import CHIPS
-from tersor.integrations.transformers import fuse
+from tersor.integrations.transformers import TersorConfig, fuse
 from tersor.integrations.transformers.architecture import read_architecture
 from tersor.integrations.transformers.replace import multiply_with, unpack_model
 from tersor.models.kernels import Steps, kernels_of
@@ -70,6 +70,28 @@ def test_a_dtype_that_is_asked_for_is_taken_and_floats_of_32_bits_have_tables_of
     assert quantize(wide, dry_run=True, **OPTIONS).scheme == "lut3:row:float16"
     overridden = quantize(source, dry_run=True, format="int4", group_size=32, overrides=["down_proj=lut3:row"])
     assert {row.scheme for row in overridden.compressed} == {"int4:g32:float16", "lut3:row:bfloat16"}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options", "wanted"),
+    [
+        (torch.bfloat16, {}, "bfloat16"),
+        (torch.float16, {}, "float16"),
+        (torch.float32, {}, "float16"),
+        (torch.bfloat16, {"scale_dtype": "float16"}, "float16"),
+    ],
+    ids=["of the model", "of another model", "of 32 bits", "asked for"],
+)
+def test_tables_that_are_made_while_loading_meet_activations_of_their_dtype(
+    source: Path, dtype: torch.dtype, options: dict[str, Any], wanted: str
+) -> None:
+    config = TersorConfig(format="int4", group_size=32, overrides={"down_proj": "lut3:row"}, **options)
+    model = AutoModelForCausalLM.from_pretrained(source, quantization_config=config, dtype=dtype)
+    assert model.get_submodule("model.layers.0.mlp.down_proj").scheme.key() == f"lut3:row:{wanted}"
+    assert model.get_submodule("model.layers.0.mlp.up_proj").scheme.key() == "int4:g32:float16"
+    assert model.config.quantization_config.parsed.overrides[0].scheme.scale_dtype == wanted
+    whole = TersorConfig(format="lut3", **options).beside(dtype).scheme
+    assert isinstance(whole, Scheme) and whole.scale_dtype == wanted
 
 
 def test_a_model_loads_runs_and_is_saved_as_it_was(packed: Path, tmp_path: Path) -> None:

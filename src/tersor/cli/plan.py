@@ -53,7 +53,7 @@ def command(
     tensor_parallel: Annotated[int | None, typer.Option(min=1, help="Ranks of a stage; chosen if not given.")] = None,
     pipeline_parallel: Annotated[int | None, typer.Option(min=1, help="Stages; chosen if not given.")] = None,
     copies: Annotated[
-        int | None, typer.Option(min=1, help="Replicas; as many as fit if not given. One is what a server is.")
+        int | None, typer.Option(min=1, help="Replicas; as many as fit if not given. generate runs one.")
     ] = None,
     any_way: Annotated[
         bool, typer.Option("--any", help="Search what the engine does not run, too: a plan to read, not for --plan.")

@@ -36,8 +36,8 @@ def command(
         str | None,
         typer.Option(
             metavar="FORMAT[:gN|:row][:SCALE]",
-            help="What weights that stay are stored as: bf16, fp16, or a format such as fp6 or int4:g128; the model's "
-            "dtype if not given.",
+            help="What weights that stay are stored as: bf16, fp16, fp32, or a format such as fp6 or int4:g128; the "
+            "model's dtype if not given.",
         ),
     ] = None,
     group_size: options.GroupSize = None,

@@ -146,7 +146,7 @@ def quantize(
     """Compress the linear weights of a checkpoint, tensor by tensor, or those of a module, in place.
 
     A module in memory (any `nn.Module`; `convert.module`) takes neither output nor calibration, nor `resume`, `export`,
-    `shard_size`.
+    `shard_size`, transforms, targets and assignments.
 
     A checkpoint that another method compressed (`checkpoint.released`) is decoded block by block on the way.
 
@@ -159,7 +159,8 @@ def quantize(
         format: element format of the weights, such as `fp6` (`fp6_e2m3`), `int4` or `mxfp6_e2m3`; `bf16`, `fp16` or
             `fp32`, the dtype of the checkpoint, only repacks weights that are pruned, without loss.
         group_size: consecutive input channels that share a scale; `None` is one scale a row.
-        scale_dtype: `float16` (default), `bfloat16`, `float32` or `e8m0`; exports default to the model's dtype.
+        scale_dtype: `float16` (default), `bfloat16`, `float32` or `e8m0`; exports and tables
+            default to the model's dtype.
         algorithm: how codes are chosen, a key of `compress.RECIPES`: `rtn`, round to nearest, or `gptq`, which needs a
             text to calibrate on, and the transformers code of the model; `None` is `gptq` where there is a text.
         ignore: regular expressions of modules to leave alone; found anywhere in the module's name.

@@ -122,6 +122,9 @@ class ElementFormat:
 
         Returns:
             uint8 codes of x's shape. -0.0 and what rounds to it keep their sign in float formats.
+
+        Raises:
+            FormatError: codes have no values.
         """
         if self.kind == "float":
             return self._round_float(x.to(torch.float32, copy=True))[0]
@@ -130,7 +133,11 @@ class ElementFormat:
         return rounded.add_(offset).to(torch.uint8)
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
-        """Return the float32 values of uint8 `codes`, same shape and device."""
+        """Return the float32 values of uint8 `codes`, same shape and device.
+
+        Raises:
+            FormatError: codes have no values.
+        """
         table = _values_on(self, codes.device)
         return table.index_select(0, codes.reshape(-1).to(torch.int32)).reshape(codes.shape)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from tersor.checkpoint.config import QUANT_METHOD, VERSION, QuantizationConfig, parse_overrides, scheme_to_dict
 from tersor.errors import FormatError, NonFiniteError, TersorError, UnsupportedError
-from tersor.formats import Scheme
+from tersor.formats import TABLE_DTYPES, Scheme, get_scheme
 from tersor.integrations import register
 
 NAME = QUANT_METHOD
@@ -40,7 +41,8 @@ class TersorConfig(QuantizationConfigMixin):
         Args:
             format: such as `fp6` (`fp6_e2m3`), `int4` or `mxfp6_e2m3`.
             group_size: consecutive input channels that share a scale; `None` is one scale a row.
-            scale_dtype: `float16` (default), `bfloat16`, `float32` or `e8m0`.
+            scale_dtype: `float16` (default), `bfloat16`, `float32` or `e8m0`; tables default to the model's dtype where
+                that has 16 bits.
             ignore: patterns of modules left as they are; output heads, embeddings and routers are left anyway, unless
                 an override spells their name.
             overrides: pattern -> `"int8"`, `"int8:g64:bfloat16"`, or a mapping with format, group_size, scale_dtype.
@@ -49,6 +51,7 @@ class TersorConfig(QuantizationConfigMixin):
             InputError: a pattern, format or option that is not one.
         """
         self.quant_method = NAME  # type: ignore[assignment]  # the base class lists its own methods
+        self._asked: tuple[Any, ...] | None = (format, group_size, scale_dtype, overrides or {})
         stated = {
             override.pattern: scheme_to_dict(override.scheme)
             for override in parse_overrides(overrides or {}, group_size, scale_dtype)
@@ -70,8 +73,20 @@ class TersorConfig(QuantizationConfigMixin):
         """Wrap a parsed configuration."""
         config = cls.__new__(cls)
         config.quant_method = NAME  # type: ignore[assignment]
-        config.parsed = parsed
+        config.parsed, config._asked = parsed, None
         return config
+
+    def beside(self, dtype: torch.dtype) -> QuantizationConfig:
+        """Return what is asked for of a model in `dtype`, which tables have where no scale dtype is asked for."""
+        table_dtype = str(dtype).removeprefix("torch.")
+        if self._asked is None or table_dtype not in TABLE_DTYPES:
+            return self.parsed
+        format, group_size, scale_dtype, overrides = self._asked
+        return replace(
+            self.parsed,
+            scheme=get_scheme(format, group_size, scale_dtype, table_dtype),
+            overrides=tuple(parse_overrides(overrides, group_size, scale_dtype, table_dtype)),
+        )
 
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -150,7 +165,7 @@ class TersorHfQuantizer(HfQuantizer):
             if self.pre_quantized:
                 placement, self._heads = pack_checkpoint(model, source, self.quantization_config.parsed)
             else:
-                asked = self.quantization_config.parsed
+                asked = self.quantization_config.beside(dtype or model.dtype)
                 parsed, placement, self._schemes, self._heads = decide_compression(model, source, asked)
                 self.quantization_config = TersorConfig.from_parsed(parsed)
                 model.config.quantization_config = self.quantization_config

@@ -101,7 +101,7 @@ class ModulePlan:
             (kind.replace("_", "-"), axis, f"{count:.0f}", shown(size), f"{took * 1e3:.3f}")
             for (kind, axis), (count, size, took) in moved.items()
         ]
-        left = f"; {len(rows) - LINES} more below" if len(rows) > LINES else ""
+        left = f"; {len(rows) - LINES} more take no longer" if len(rows) > LINES else ""
         longest = sorted(rows, key=lambda row: -float(row[3]))[:LINES]
         return (
             (f"Blocks, the longest first{left}", ("block", "layers", "cut", "ms"), longest),
