@@ -9,11 +9,16 @@ Sources of `CHIPS`, for each fact or chip:
   NVL's 3,938 GB/s), whitepaper "NVIDIA H100 Tensor Core GPU Architecture".
 - H200: datasheet "NVIDIA H200 Tensor Core GPU" (SXM and NVL). L2: what the driver of an H200 reports; H200 NVL and
   H100 NVL, which have six stacks of memory like it, are given the same.
-- GeForce: appendices of the whitepapers "NVIDIA Ampere GA102 GPU Architecture" and "NVIDIA Ada GPU Architecture". The
-  RTX 3090 Ti is in neither: its peaks are the RTX 3090's a multiprocessor and cycle, with 84 of them at 1.86 GHz.
+- GeForce: appendices of the whitepapers "NVIDIA Ampere GA102 GPU Architecture", "NVIDIA Ada GPU Architecture" and
+  "NVIDIA RTX Blackwell GPU Architecture". The RTX 3090 Ti is in none: its peaks are the RTX 3090's a multiprocessor and
+  cycle, with 84 of them at 1.86 GHz.
+- A10, L4, L40, L40S: datasheets "NVIDIA A10 Tensor Core GPU", "NVIDIA L4", "NVIDIA L40" and "NVIDIA L40S"; L2 by the
+  whitepapers of their architectures.
+- B200: datasheets "NVIDIA DGX B200" and "NVIDIA HGX B200", an eighth of what they say of eight. Multiprocessors and L2:
+  what its driver reports.
 
-Datasheets of Hopper print tensor core peaks with sparsity; here stands half of that, the dense peak. What they call GB
-of memory are GiB. They add up both directions of a link; here stands one.
+Datasheets print tensor core peaks of Hopper, Ada and Blackwell with sparsity; here stands half of that, the dense peak,
+with sums in float32. What they call GB of memory are GiB. They add up both directions of a link; here stands one.
 """
 
 from __future__ import annotations
@@ -90,29 +95,32 @@ def _ampere(name: str, gib: int, bandwidth: float) -> Chip:
     )
 
 
-def _geforce(
+def _card(
     name: str,
     capability: tuple[int, int],
     sms: int,
     bandwidth: float,
     l2_bytes: int,
     peaks: tuple[float, float, float],
-    nvlink: float,
+    *,
+    gib: int = 24,
+    nvlink: float = 0.0,
+    pcie: float = 32e9,
 ) -> Chip:
-    """A GeForce card of 24 GB; peaks are of fp16, fp8 and int8."""
+    """A card with GDDR memory, of 24 GiB where nothing else is said; peaks are of fp16, fp8 and int8."""
     return Chip(
         name=name,
         capability=capability,
         sms=sms,
         shared_bytes=99 << 10,
         bandwidth=bandwidth,
-        memory_bytes=24 << 30,
+        memory_bytes=gib << 30,
         l2_bytes=l2_bytes,
         fp16_ops=peaks[0],
         fp8_ops=peaks[1],
         int8_ops=peaks[2],
         nvlink=nvlink,
-        pcie=32e9,
+        pcie=pcie,
     )
 
 
@@ -143,20 +151,39 @@ CHIPS: dict[str, Chip] = {
         _ampere("NVIDIA A100 80GB PCIe", 80, 1.935e12),
         _ampere("NVIDIA A100-SXM4-40GB", 40, 1.555e12),
         _ampere("NVIDIA A100-PCIE-40GB", 40, 1.555e12),
-        _geforce("NVIDIA GeForce RTX 3090", (8, 6), 82, 0.936e12, 6 << 20, (71e12, 0.0, 284e12), 56.25e9),
-        _geforce("NVIDIA GeForce RTX 3090 Ti", (8, 6), 84, 1.008e12, 6 << 20, (80e12, 0.0, 320e12), 56.25e9),
-        _geforce("NVIDIA GeForce RTX 4090", (8, 9), 128, 1.008e12, 72 << 20, (165.2e12, 330.3e12, 660.6e12), 0.0),
+        _card("NVIDIA GeForce RTX 3090", (8, 6), 82, 0.936e12, 6 << 20, (71e12, 0.0, 284e12), nvlink=56.25e9),
+        _card("NVIDIA GeForce RTX 3090 Ti", (8, 6), 84, 1.008e12, 6 << 20, (80e12, 0.0, 320e12), nvlink=56.25e9),
+        _card("NVIDIA A10", (8, 6), 72, 0.6e12, 6 << 20, (125e12, 0.0, 250e12)),
+        _card("NVIDIA GeForce RTX 4090", (8, 9), 128, 1.008e12, 72 << 20, (165.2e12, 330.3e12, 660.6e12)),
+        _card("NVIDIA L4", (8, 9), 58, 0.3e12, 48 << 20, (121e12, 242.5e12, 242.5e12)),
+        _card("NVIDIA L40", (8, 9), 142, 0.864e12, 96 << 20, (181.05e12, 362e12, 362e12), gib=48),
+        _card("NVIDIA L40S", (8, 9), 142, 0.864e12, 96 << 20, (362.05e12, 733e12, 733e12), gib=48),
         _hopper("NVIDIA H100", 80, 3.35e12, 989.4e12, 450e9, l2_bytes=50 << 20),
         _hopper("NVIDIA H100 PCIe", 80, 2.0e12, 756.5e12, 300e9, sms=114, l2_bytes=50 << 20),
         _hopper("NVIDIA H100 NVL", 94, 3.938e12, 835.5e12, 300e9),
         _hopper("NVIDIA H200", 141, 4.8e12, 989.4e12, 450e9),
         _hopper("NVIDIA H200 NVL", 141, 4.8e12, 835.5e12, 450e9),
+        replace(_hopper("NVIDIA B200", 180, 8.0e12, 2250e12, 900e9, sms=148, l2_bytes=126 << 20), capability=(10, 0)),
+        _card(
+            "NVIDIA GeForce RTX 5090",
+            (12, 0),
+            170,
+            1.792e12,
+            96 << 20,
+            (209.5e12, 419e12, 838e12),
+            gib=32,
+            pcie=64e9,
+        ),
     )
 }
-"""Name -> chip. A name without a variant is the one for SXM sockets; of the A100, the one with 80 GB."""
+"""Name -> chip. A name without a variant is the one for SXM sockets; of the A100, the one with 80 GB. The first of a
+compute capability is what others of it that are not here are likened to."""
 
 KERNEL_CAPABILITY = (8, 0)
 """The oldest compute capability the kernels run on: bf16 mma.sync and cp.async appeared with it."""
+
+_GROUPED_MAJORS = (9, 10)
+"""Major compute capabilities for which torch has a kernel of grouped products in bfloat16."""
 
 _MEMORY_TOLERANCE = 0.1
 """A device has the memory of a known chip if it differs by no more than this share, so that 64 GB are not 80."""
@@ -210,7 +237,7 @@ def of_properties(properties: Any) -> Chip:
         UnsupportedError: the device is older than the kernels need.
     """
     capability = (properties.major, properties.minor)
-    known = _named(properties.name, properties.total_memory)
+    known = listed(properties.name, properties.total_memory)
     if known is None:
         near = [chip for chip in CHIPS.values() if chip.capability <= capability]
         if not near:
@@ -235,8 +262,8 @@ def of_properties(properties: Any) -> Chip:
     )
 
 
-def _named(reported: str, memory_bytes: int) -> Chip | None:
-    """Return the chip that a driver reports by this name, or `None` where none is known by it."""
+def listed(reported: str, memory_bytes: int) -> Chip | None:
+    """Return the chip of `CHIPS` that a driver reports by this name and memory, or `None` where it is none of them."""
     names = [name for name in CHIPS if re.match(re.escape(name) + r"(?![0-9A-Za-z])", reported)]
     chip = CHIPS[max(names, key=len)] if names else None
     if chip is None or abs(memory_bytes / chip.memory_bytes - 1) > _MEMORY_TOLERANCE:
@@ -259,6 +286,18 @@ def cuda_available() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+def has_grouped_kernel(weight: torch.Tensor) -> bool:
+    """Tell whether torch multiplies by weights [E, OC, IC] in one kernel (`grouped_mm`).
+
+    Everywhere else that is a loop on the host, which waits for the device.
+    """
+    import torch
+
+    if weight.device.type != "cuda" or weight.dtype is not torch.bfloat16:
+        return False
+    return torch.cuda.get_device_capability(weight.device)[0] in _GROUPED_MAJORS
 
 
 def resolve_device(name: str = "auto") -> torch.device:

@@ -5,8 +5,9 @@ products one after the other, was always two traits that met: a tile and a decod
 so on. So the traits of `pairs` meet two by two, each pair in some kernel, and the kernels in which a fault was found
 once are all there (`FAULTS`). tests/compile/test_kernels_compile.py reads the pairs back from the kernels' macros.
 
-On sm_86, sm_89 and sm_90 the kernels of sm_80 have rings of other depths: of those that differ every tenth is built.
-The kernels around cuBLAS are the same everywhere: sm_80 and sm_90 build half of them each.
+Elsewhere than on sm_80 its kernels have rings of other depths: of those that differ a few are built. The kernels around
+cuBLAS are the same everywhere: sm_80 and sm_90 build half of them each, the others every tenth, all but sm_90 one of
+each header, and the others all of attention of two kinds: pages in e4m3, and heads that take most shared memory.
 """
 
 from __future__ import annotations
@@ -17,13 +18,12 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from compile import around, beside, mixed, mixtures, sparse, tabled
+from compile import around, attended, beside, mixed, mixtures, sparse, tabled
 from compile.pairing import GROUP_SIZES, Pair, alike, choose, width
 
 from tersor.formats import SCALE_DTYPES, Activations, Scheme, get, names
 from tersor.hardware import CHIPS, Chip
-from tersor.kernels import attention, attention_sm90, dense, experts, routing, shared_attention
-from tersor.kernels.decode_attention import decode_source
+from tersor.kernels import dense, experts, routing
 from tersor.kernels.jit import KernelSource
 from tersor.kernels.tune import MOST_NORMED, sm80, sm90
 from tersor.kernels.tune import experts as tune
@@ -34,8 +34,10 @@ from tersor.ops.gates import Gate
 
 CHIP_OF = {chip.capability: chip for chip in CHIPS.values()}
 """Compute capability -> a chip: rings are as deep as its shared memory allows."""
-_SHARE = 10
-"""Of the kernels of sm_80 that differ on sm_86 and sm_89 only by the depth of their ring, every so many-th is built."""
+_HALVES = {(8, 0): (0, 2), (9, 0): (1, 2)}
+"""Compute capability -> which half of the kernels around cuBLAS is built for it: the first of them, and a step."""
+_SHARE, _LINEAR_SHARE = 10, 4
+"""Of those every so many-th is built elsewhere, and of linears that differ from those of sm_80 by their rings alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,7 +271,8 @@ def all_sources(capability: tuple[int, int]) -> list[KernelSource]:
         found = [kernel.source(chip) for kernel in few]
     else:
         usual = CHIP_OF[8, 0]
-        found = [kernel.source(chip) for kernel in few if kernel.source(chip) != kernel.source(usual)][::_SHARE]
+        found = [kernel.source(chip) for kernel in few if kernel.source(chip) != kernel.source(usual)]
+        found = found[:: _SHARE if capability == (9, 0) else _LINEAR_SHARE]
     if capability == (9, 0):
         found += [kernel.source(chip) for kernel in fused() if not isinstance(kernel.tile, int)]
         found += [*(kernel.source(chip) for kernel in WHOLE), *around.quantizing()]
@@ -277,11 +280,14 @@ def all_sources(capability: tuple[int, int]) -> list[KernelSource]:
         found += [*mixed.all_sources(chip), *sparse.all_sources(chip)]
         found += [*(kernel.source(chip) for kernel in normed()), *beside.all_sources(chip)]
     found += tabled.all_sources(chip)
-    first, turn = {(8, 0): (0, 2), (9, 0): (1, 2)}.get(capability, (0, _SHARE))
-    others = (*_dequantizing()[first::turn], *_epilogues()[first::turn], *_routing()[first::turn])
-    others += (*_attention(chip, _USUAL_HEADS)[:: 1 if turn == 2 else _SHARE], *_attention(chip, _HEADS)[first::turn])
-    others += (*around.products()[first::turn], *around.calibrating()[first::turn])
-    return list(dict.fromkeys((*found, *others, *_older_experts(capability))))
+    families = (_dequantizing(), _epilogues(), _routing(), attended.sources(chip, attended.HEADS))
+    families += (around.products(), around.calibrating(), sparse.stored())
+    found += attended.sources(chip, attended.USUAL_HEADS if capability in _HALVES else attended.LARGEST_HEADS)
+    first, step = _HALVES.get(capability, (0, _SHARE))
+    for family in families:
+        of_headers = {} if capability == (9, 0) else {source.header: source for source in reversed(family)}
+        found += [*of_headers.values(), *family[first::step]]
+    return list(dict.fromkeys((*found, *_older_experts(capability))))
 
 
 def normed() -> Iterator[Traits]:
@@ -343,34 +349,6 @@ def routers() -> list[KernelSource]:
     return [routing.router_source(router, tokens) for router in made for tokens in (routing.ROUTER_TOKENS, 1)]
 
 
-_USUAL_HEADS = (attention.Kind(head_dim=128, dtype="float16"),)
-_HEADS = (
-    attention.Kind(head_dim=64, dtype="bfloat16"),
-    attention.Kind(head_dim=80, dtype="float16", e4m3=True),
-    attention.Kind(head_dim=96, dtype="bfloat16"),
-    attention.Kind(head_dim=128, dtype="bfloat16", e4m3=True),
-    attention.Kind(head_dim=256, dtype="float16"),
-    attention.Kind(head_dim=256, dtype="bfloat16", e4m3=True),
-)
-"""What attention is built for: of the usual heads all kernels, of the others half of them on sm_80 and on sm_90."""
-
-
-def _attention(chip: Chip, kinds: tuple[attention.Kind, ...]) -> list[KernelSource]:
-    """Return kernels of attention: fewest and most queries of a row of few tokens, both for many, and pages shared."""
-    found = []
-    for turn, kind in enumerate(kinds):
-        least, most = 1, kind.query_tiles(64)
-        found += [decode_source(kind, tiles, chip) for tiles in (least, most)]
-        found += [attention.append_source(kind), attention.prefill_source(kind, chip)]
-        found.append(shared_attention.shared_source(kind, chip))
-        found += [decode_source(kind, least, chip, crowded=True)] if kind.e4m3 else []
-        if turn % 3 == 0:
-            found += [decode_source(kind, tiles, chip, shares=True) for tiles in (least, most)]
-        if attention_sm90.takes(kind, chip):
-            found.append(attention_sm90.prefill_source(kind, chip))
-    return found
-
-
 def _epilogues() -> list[KernelSource]:
     """Return all kernels that end a product of cuBLAS."""
     kinds = itertools.product((("fp6_e3m2", None), ("uint4", None), ("fp6_e3m2", 128)), decode_groups.PAIR_TARGETS)
@@ -387,7 +365,7 @@ _OLDER_EXPERTS = (
 
 
 def _older_experts(capability: tuple[int, int]) -> list[KernelSource]:
-    """Return kernels of experts of the sm80 schedule; those of sm_86 and sm_89 have rings of other depths, two each."""
+    """Return kernels of experts of the sm80 schedule; those of newer chips have rings of other depths, two each."""
     if tune.schedule(CHIP_OF[capability]) == SM90:
         return []
     found = []

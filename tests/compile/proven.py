@@ -15,9 +15,18 @@ from pathlib import Path
 from compile import catalogue, mixtures
 
 from tersor.kernels.jit import KernelSource, arch_for, cache, compile_many, nvrtc
+from tersor.kernels.jit.report import Resources
 
 FILE = Path(__file__).with_name("proven.txt")
 _SHARE = 8
+_SPILLED = {(10, 0): 64, (12, 0): 64}
+"""Bytes that a thread may keep in memory on architectures for whose registers nobody has tuned a kernel."""
+
+
+def is_clean(used: Resources, capability: tuple[int, int]) -> bool:
+    """Tell whether a kernel keeps to its registers on an architecture, and the compiler warned of nothing."""
+    spilled = max(used.local_bytes, used.spill_store_bytes or 0, used.spill_load_bytes or 0)
+    return spilled <= _SPILLED.get(capability, 0) and not used.warnings
 
 
 def known() -> dict[str, int]:
@@ -48,7 +57,7 @@ def main() -> None:
         sources, arch = catalogue.all_sources(capability), arch_for(capability)
         for source, binary in zip(sources, compile_many(sources, arch), strict=True):
             used = binary.resources
-            assert used is not None and used.fits_registers and not used.warnings, f"{source.name} for {arch}: {used}"
+            assert used is not None and is_clean(used, capability), f"{source.name} for {arch}: {used}"
             lines.append(f"{cache.key(source, arch)} {used.static_shared_bytes}")
     FILE.write_text("\n".join([nvrtc.identity(), *sorted(lines)]) + "\n")
     print(f"{len(lines)} kernels in {FILE}")

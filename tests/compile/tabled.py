@@ -28,9 +28,7 @@ def scheme(dtype: str) -> Scheme:
 
 
 def all_sources(chip: Chip) -> list[KernelSource]:
-    """Return them for a chip: of compute capability 9.0 or 8.0, others have no more."""
-    if chip.capability not in ((8, 0), (9, 0)):
-        return []
+    """Return them for a chip; those of compute capability 9.0 have a schedule of their own."""
     packings = [Packing.of(scheme(dtype), dtype) for dtype in decode_groups.PAIR_TARGETS]
     if chip.capability != (9, 0):
         return [dense.dequantize_source(packings[0]), *(_older(packing, chip) for packing in packings)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import re
 import shutil
 import struct
 import subprocess
@@ -30,13 +31,11 @@ REPLACED = {
 """Headers, and what has all of them that is used."""
 EXTERN = {
     *("dense/sm90_linear.cuh", "experts/sm90_experts.cuh", "experts/sm90_mixed.cuh", "mixed/sm90_mixed.cuh"),
-    *("sparse/sm90_decompress.cuh", "sparse/sm90_sparse.cuh"),
+    *("sparse/sm90_decompress.cuh", "sparse/sm90_sparse.cuh", "dense/sm80_linear.cuh", "experts/sm80_experts.cuh"),
 }
 """Headers whose dynamic shared memory has a name of its own."""
-SLOTS = (
-    "extern __shared__ __align__(1024) char slots[];",
-    "char* const slots = reinterpret_cast<char*>(attention_memory);",
-)
+_NAMED = re.compile(r"extern __shared__ __align__\(\d+\) char (\w+)\[\];")
+_MEMORY = r"char* const \1 = reinterpret_cast<char*>(attention_memory);"
 _TYPES = {"P": "const void*", "i": "int", "q": "long long", "f": "float", "T": "const void*"}
 _CTYPES = {
     "P": ctypes.c_void_p,
@@ -70,7 +69,7 @@ class Emulated:
         for name in EXTERN & set(source.files()):
             place = folder / name
             place.parent.mkdir(exist_ok=True)
-            place.write_text((CUDA / name).read_text().replace(*SLOTS))
+            place.write_text(_NAMED.sub(_MEMORY, (CUDA / name).read_text()))
         if not library.exists():
             unit = folder / f"{name}.cpp"
             unit.write_text(text)
@@ -108,7 +107,7 @@ def _translation(source: KernelSource, arch: int) -> str:
     language = "emulated.hpp" if source.header.startswith("attention/") else "emulated_block.hpp"
     if source.header.startswith("attention/sm90"):
         language = "emulated_sm90.hpp"
-    elif source.header.startswith(("dense/dequantize", "dense/sm90", "experts/sm90", "mixed/", "sparse/")):
+    elif source.header.startswith(("dense/dequantize", "dense/sm", "experts/sm", "mixed/", "sparse/")):
         language = "emulated_mixed.hpp"
     names = [f"a{i}" for i in range(len(source.arguments))]
     given = [

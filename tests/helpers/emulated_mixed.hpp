@@ -19,11 +19,11 @@ inline void __threadfence_block() {}
 namespace ptx {
 
 struct Never {
-    template <class T> operator T() const { fail("a cluster, or a copy of other kernels"); }
+    template <class T> operator T() const { fail("a cluster"); }
 };
 #define NEVER(name) template <int kCtas = 0, class... T> Never name(T...) { fail(#name); }
-NEVER(address_in) NEVER(arrive_cluster) NEVER(barrier_arrive_at) NEVER(copy_async_16_once) NEVER(copy_async_8_once)
-NEVER(store_in) NEVER(sync_cluster) NEVER(tensor_copy_to_all) NEVER(wait_cluster)
+NEVER(address_in) NEVER(arrive_cluster) NEVER(barrier_arrive_at) NEVER(store_in) NEVER(sync_cluster)
+NEVER(tensor_copy_to_all) NEVER(wait_cluster)
 #undef NEVER
 
 const bool scales_come_first = announced_late = true;
@@ -33,6 +33,8 @@ inline void launch_dependents() {}
 inline void prefetch(const void* place) { *static_cast<const volatile char*>(place); }
 inline void wait_for_earlier_kernels() {}
 inline u64 evict_first_policy() { return 0; }
+inline void copy_async_16_once(u32 shared, const void* global, u64) { copy(shared, global, 16, 16); }
+inline void copy_async_8_once(u32 shared, const void* global, u64) { copy(shared, global, 8, 8); }
 inline void bulk_copy_once(u32 shared, const void* global, u32 bytes, u32 barrier, u64) {
     bulk_copy(shared, global, bytes, barrier);
 }

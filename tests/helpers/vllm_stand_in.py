@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
-CURRENT = SimpleNamespace(load_config=SimpleNamespace(load_format="auto"), ranks=1, rank=0)
-"""What vLLM's processes know: how weights are loaded, and who this rank is."""
+CURRENT = SimpleNamespace(load_config=SimpleNamespace(load_format="auto"), ranks=1, rank=0, capability=None)
+"""What vLLM's processes know: how weights are loaded, who this rank is, and the compute capability of the GPU."""
 REGISTERED: dict[str, type] = {}
 REGISTRY = SimpleNamespace(models={})
 """Name of a class -> an object with `module_name`, where it is."""
@@ -246,6 +246,16 @@ class Mapper:
         return found
 
 
+class Platform:
+    """What a machine has."""
+
+    def get_device_capability(self) -> Any:
+        """Return the compute capability of the GPU, `None` where there is none."""
+        if CURRENT.capability is None:
+            return None
+        return SimpleNamespace(**dict(zip(("major", "minor"), CURRENT.capability, strict=True)))
+
+
 class GraniteMoeModel:
     """A model whose loader calls experts as its checkpoints do; that of 0.29 and newer has a mapper."""
 
@@ -263,6 +273,7 @@ _LAYERS = "vllm.model_executor.layers"
 _MODULES: dict[str, dict[str, Any]] = {
     "vllm": {},
     "vllm.config": {"VllmConfig": VllmConfig, "get_current_vllm_config": lambda: CURRENT},
+    "vllm.platforms": {"current_platform": Platform()},
     "vllm.model_executor": {},
     "vllm.model_executor.models": {"ModelRegistry": REGISTRY},
     "vllm.model_executor.models.granitemoe": {"GraniteMoeModel": GraniteMoeModel},
@@ -314,7 +325,7 @@ def installed() -> Iterator[SimpleNamespace]:
             owner, _, last = name.rpartition(".")
             sys.modules.get(owner, ModuleType(owner)).__dict__.pop(last, None)
         sys.modules.update(saved)
-        CURRENT.ranks, CURRENT.rank, CURRENT.load_config.load_format = 1, 0, "auto"
+        CURRENT.ranks, CURRENT.rank, CURRENT.load_config.load_format, CURRENT.capability = 1, 0, "auto", None
 
 
 def _belongs(name: str) -> bool:

@@ -131,6 +131,8 @@ def asked_for(
         ("NVIDIA H200", "deepseek-v3", "16bit", 1),
         ("NVIDIA H200", "deepseek-v3", "fp8", 1),
         ("NVIDIA A100", "qwen3-moe", "16bit", 1),
+        ("NVIDIA GeForce RTX 5090", "gpt-oss", "16bit", 1),
+        ("NVIDIA B200", "llama", "invariant", 1),
     ],
     indirect=["gpu"],
 )

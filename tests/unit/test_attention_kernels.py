@@ -299,6 +299,24 @@ def test_pages_of_8_bits_are_as_exact_where_no_instruction_reads_them(
     check(Step(case), device)
 
 
+@pytest.mark.parametrize(
+    ("name", "arch", "case"),
+    [
+        ("RTX 3090", 860, FEW[6]),  # one stage of a ring alone has room beside heads of 256
+        ("A100", 800, replace(OLDER[0], head_dim=256)),
+        ("RTX 5090", 1200, MANY[2]),
+        ("B200", 1000, FEW[5]),
+    ],
+    ids=str,
+)
+def test_other_gpus_give_what_the_reference_gives_with_rings_of_their_own(
+    name: str, arch: int, case: Case, device: Emulation
+) -> None:
+    device.arch, device.chip = arch, chip_named(name)
+    check(Step(case), device)
+    assert not any("sm90" in launched for launched in device.launched)
+
+
 def test_rows_that_are_settled_give_the_same_bits(device: Emulation) -> None:
     step = Step(FEW[1])
     found = check(step, device)

@@ -151,6 +151,22 @@ def test_a_plan_for_the_gpu_here_is_one_for_its_chip(
     assert "checked for llama-3-8b" in told(capsys, "llama-3-8b", "--from", path)
 
 
+def test_a_plan_for_a_gpu_that_is_named_like_a_larger_one_is_for_the_gpu_here_and_read_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from dataclasses import replace
+
+    from tersor.hardware import CHIPS
+
+    desktop, path = CHIPS["NVIDIA GeForce RTX 4090"], str(tmp_path / "plan.json")
+    laptop = replace(desktop, name=f"{desktop.name} Laptop GPU", memory_bytes=16 << 30, sms=76)
+    FakeGpu(laptop).install(monkeypatch)
+    assert f"4 x {laptop.name} (1x4)" in told(capsys, "llama-3-8b", "--devices", "4", "-o", path)
+    assert "checked for llama-3-8b" in told(capsys, "llama-3-8b", "--from", path)
+    FakeGpu(desktop).install(monkeypatch)
+    assert f"unknown chip '{laptop.name}'" in refused(capsys, "llama-3-8b", "--from", path)
+
+
 def test_keys_and_values_in_8_bits_take_half_as_much(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     sizes = []
     for kind in ("16bit", "fp8"):

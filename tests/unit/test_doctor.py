@@ -21,9 +21,10 @@ from tersor.ops import Reason
 
 
 @pytest.fixture(autouse=True)
-def machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No GPU, whatever the machine."""
+def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No GPU and no driver, whatever the machine."""
     FakeGpu().install(monkeypatch)
+    monkeypatch.setattr(hardware, "_DRIVER_FILE", tmp_path / "no driver")
 
 
 def report(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
@@ -148,6 +149,27 @@ def test_the_driver_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tex
     (tmp_path / "version").write_text(text)
     monkeypatch.setattr(hardware, "_DRIVER_FILE", tmp_path / "version")
     assert hardware.driver_version() == version
+
+
+@pytest.mark.parametrize(
+    ("compiler", "driver", "least"),
+    [
+        ((13, 5), "550.54.15", "580"),
+        ((13, 0), "580.65.06", ""),
+        ((12, 8), "550.54.15", ""),
+        ((12, 8), "470.10", "525"),
+        ((13, 5), None, ""),
+    ],
+)
+def test_a_driver_that_loads_no_binary_of_this_nvrtc_is_said(
+    compiler: tuple[int, int], driver: str | None, least: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nvrtc, "version", lambda: compiler)
+    monkeypatch.setattr(hardware, "driver_version", lambda: driver)
+    said = [line for line in doctor.examine()["advice"] if "drivers from" in line]
+    assert bool(said) is bool(least) and all(
+        f"from {least} on, this one is {driver}: update it" in line for line in said
+    )
 
 
 @pytest.mark.parametrize("argument", ["--warm", "--cheap"])

@@ -24,6 +24,7 @@ from tersor.hardware import CHIPS
 from tersor.integrations.transformers import load, replace
 from tersor.layouts import MixedWeight, PackedWeight
 from tersor.models.weights import Product
+from tersor.ops import dispatch
 
 ROOT = Path(__file__).resolve().parents[2]
 H200, A100 = CHIPS["NVIDIA H200"], CHIPS["NVIDIA A100"]
@@ -59,6 +60,19 @@ def test_other_names_stand_for_themselves_and_are_refused_where_they_were() -> N
     for read in (Activations.check, lambda name: ops.activations_for(name, ())):
         with pytest.raises(InputError, match=near):
             read("8bits")
+
+
+def test_a_gpu_that_has_no_kernel_with_them_is_told_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    dispatch._tell_of_reference.cache_clear()
+    for chip in (A100, CHIPS["NVIDIA B200"], A100, H200, None):
+        for name in ("int8", "fp8", "16bit"):
+            assert ops.activations_for(name, schemes("int4"), chip) is Activations.of(name)
+    said = [record.message for record in caplog.records]
+    gpus = ("NVIDIA A100 has 8.0", "NVIDIA B200 has 10.0")
+    assert [(line.split(":")[0], line.split("and ")[1].split(":")[0]) for line in said] == [
+        (f"activations {name}", gpu) for gpu in gpus for name in ("int8", "fp8")
+    ]
+    assert all(line.endswith("the reference multiplies, slowly; leave them 16bit") for line in said)
 
 
 def test_weights_that_take_neither_and_gpus_without_kernels_are_refused_with_what_is_in_the_way() -> None:

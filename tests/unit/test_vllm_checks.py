@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -75,6 +76,24 @@ def test_experts_are_cut_by_ranks_of_tensors_and_of_data_but_not_by_those_of_exp
 def test_options_that_move_or_add_to_weights_are_refused(packed: Path, told: dict[str, Any], option: str) -> None:
     with pytest.raises(UnsupportedError, match=f"{option} does not work with packed weights"):
         vllm_stand_in.VllmConfig(config_of(packed), **told)
+
+
+@pytest.mark.parametrize(
+    ("capability", "has"), [((8, 0), "8.0"), ((10, 0), "10.0"), ((12, 0), "12.0"), ((9, 0), ""), (None, "")]
+)
+def test_a_gpu_that_has_no_kernel_with_8_bit_activations_is_refused(
+    packed: Path, capability: tuple[int, int] | None, has: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm_stand_in.CURRENT, "capability", capability)
+    vllm_stand_in.VllmConfig(config_of(packed))
+    monkeypatch.setenv("TERSOR_VLLM_ACTIVATIONS", "fp8")
+    config = config_of(packed)
+    if not has:
+        vllm_stand_in.VllmConfig(config)
+        return
+    line = rf"^activations fp8 of TERSOR_VLLM_ACTIVATIONS: .* 9\.0, this GPU has {re.escape(has)}: leave them 16bit$"
+    with pytest.raises(UnsupportedError, match=line):
+        vllm_stand_in.VllmConfig(config)
 
 
 def test_random_weights_of_a_mixed_checkpoint_are_refused(tmp_path: Path, packed: Path) -> None:

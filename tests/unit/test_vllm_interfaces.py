@@ -50,6 +50,7 @@ ARGUMENTS = {
         "hf_quant_cfg user_quant hf_config"
     ),
     ("config.vllm", "VllmConfig.__post_init__"): "",
+    ("platforms.interface", "Platform.get_device_capability"): "device_id",
     ("v1.worker.gpu_worker", "Worker._scoped_allocator_max_split"): "max_split_size_mb",
     ("model_executor.model_loader.default_loader", "DefaultModelLoader.get_all_weights"): "model_config model",
 }
@@ -79,6 +80,7 @@ ATTRIBUTES = {
         "tensor_parallel_size data_parallel_size prefill_context_parallel_size enable_expert_parallel enable_eplb"
     ),
     "config.vllm": "quant_config lora_config load_config offload_config parallel_config",
+    "platforms.interface": "DeviceCapability(NamedTuple): major: minor:",
     "v1.worker.gpu_worker": "max_split_size_mb=20 _accelerator_setAllocatorSettings",
     "model_executor.models.registry": "module_name models",
     "model_executor.models.utils": "get_cache_scale_mapper",
@@ -110,6 +112,8 @@ def test_every_name_that_is_imported_is_there() -> None:
         for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom):
                 known |= {alias.asname or alias.name for alias in node.names}
+            elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                known.add(node.target.id)
         assert not set(names) - known, module
 
 

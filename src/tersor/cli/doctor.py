@@ -30,6 +30,8 @@ TOKENS = (1, 1024)
 PRUNED = ("float16", "bfloat16", "fp8_e4m3", "fp6_e3m2", "int8", "int4", "int4:g128", "uint4")
 """Values of pruned weights, half of which are left."""
 
+_DRIVERS = {12: 525, 13: 580}
+"""Major version of NVRTC -> the oldest driver that loads its binaries (CUDA Toolkit release notes, Linux)."""
 _CHANNELS = 4096
 _HOOK = {
     True: "in place: every program here loads compressed checkpoints",
@@ -87,9 +89,23 @@ def _versions(advice: list[str]) -> dict[str, str | None]:
         found["NVRTC"] = None
         advice.append(str(error))
     found["NVIDIA driver"] = hardware.driver_version()
+    advice += _old_driver(found["NVRTC"], found["NVIDIA driver"])
     if found["transformers"] is None:
         advice.append("transformers is missing, so no model can be loaded: install it with: pip install transformers")
     return found
+
+
+def _old_driver(compiler: str | None, driver: str | None) -> list[str]:
+    """Return a line where the driver is older than what NVRTC compiles for."""
+    if compiler is None or driver is None:
+        return []
+    least = _DRIVERS.get(int(compiler.split(".")[0]), 0)
+    if int(driver.split(".")[0]) >= least:
+        return []
+    return [
+        f"NVRTC {compiler} makes binaries for NVIDIA drivers from {least} on, this one is {driver}: update it, or "
+        "install an older NVRTC with: pip install 'cuda-bindings<13' nvidia-cuda-nvrtc-cu12"
+    ]
 
 
 def _gpus(advice: list[str]) -> list[dict[str, Any]]:

@@ -89,7 +89,6 @@ def command(
 ) -> None:
     """Plan how a model is spread over GPUs; no weight is read, and no GPU is needed."""
     from tersor.checkpoint.config import parse_scheme
-    from tersor.hardware import chip_named
     from tersor.integrations.plans import check_system, exported
     from tersor.models.parts import model_of
     from tersor.planner import links as tables
@@ -118,7 +117,7 @@ def command(
     described = None if model is None else model_of(model, scheme, revision)
     if taken is not None:
         found = plans.read(taken)
-        own = chip_named(found.chip)
+        own = _of_plan(found.chip)
         prices = tables.of_chip(own) if links is None else tables.read(links)
         if described is not None:
             check(found, described, Kernels(own), prices)
@@ -186,10 +185,24 @@ def _calibrate(devices: int | None, chip: str | None, output: Path | None) -> No
 
 def _known(chip: Chip) -> Chip:
     """Return the chip of the datasheet that a device is, where one is known, so that a plan holds on other machines."""
-    from tersor.hardware import CHIPS
+    from tersor import hardware
 
-    names = [name for name in CHIPS if chip.name.startswith(name)]
-    return CHIPS[max(names, key=len)] if names else chip
+    return hardware.listed(chip.name, chip.memory_bytes) or chip
+
+
+def _of_plan(name: str) -> Chip:
+    """Return the chip that a plan is for: one of the datasheets, or the GPU here if it is none of them and called so.
+
+    Raises:
+        InputError: neither.
+    """
+    from tersor import hardware
+
+    if name not in hardware.CHIPS and hardware.cuda_available():
+        here = _known(chips.wanted(None, "to show a plan for")[0])
+        if here.name == name:
+            return here
+    return hardware.chip_named(name)
 
 
 def _with_own_plan(model: Model) -> Model:

@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional
 
 from tersor import ops
+from tersor.hardware import has_grouped_kernel
 from tersor.kernels.deciding import MOST_NORMED_CHANNELS
 from tersor.layouts import Stacked
 from tersor.models.config import Experts
@@ -21,8 +22,6 @@ from tersor.ops.tables import Tables
 
 _BLOCK_TOKENS = 64
 """Of tables that are read here for their order alone."""
-_GROUPED_CAPABILITY = 9
-"""torch's grouped product is a kernel in bfloat16 from this major compute capability on, else a loop on the host."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,8 +204,7 @@ class Mixture:
             return "only one of the two weights of its experts is packed"
         if not self._aligned:
             return "rows of the weights of its experts are no multiple of 16 bytes"
-        known = self.down.device.type == "cuda" and dtype is torch.bfloat16
-        if known and torch.cuda.get_device_capability(self.down.device)[0] >= _GROUPED_CAPABILITY:
+        if dtype is torch.bfloat16 and has_grouped_kernel(self.down):
             return ""
         return "torch has no kernel for the experts of such a device and dtype"
 

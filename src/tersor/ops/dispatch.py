@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -16,6 +17,8 @@ from tersor.kernels.tune import LinearProblem, sm80
 from tersor.layouts import STREAM, packing
 from tersor.layouts.packing import LAYOUTS, Packing, activations_of, target_of
 from tersor.ops import mode
+
+_log = logging.getLogger("tersor")
 
 FUSED = "fused"
 DEQUANTIZE = "dequantize + cuBLAS"
@@ -149,7 +152,7 @@ def activations_for(
 
     `8bit` is int8 with a scale a token where all weights are integers that kernels multiply with it, since that takes
     about as long as e4m3 and loses half as much (docs/quality.md), and e4m3 where all have kernels with that. Other
-    names stand for themselves.
+    names stand for themselves; on a GPU that has no kernel with them the logger `tersor` is told, once.
 
     Args:
         value: `16bit`, `8bit`, `fp8`, `int8` or `int8:g128`.
@@ -161,7 +164,10 @@ def activations_for(
         UnsupportedError: of `8bit`, that weights take neither, or that a GPU has no kernel with either.
     """
     if Activations.check(value) != EIGHT_BIT:
-        return Activations.of(value)
+        named = Activations.of(value)
+        if chip is not None and chip.capability != (9, 0) and named is not Activations.NATIVE:
+            _tell_of_reference(named, chip.name, chip.capability)
+        return named
     if chip is not None and chip.capability != (9, 0):
         raise UnsupportedError(
             f"activations {EIGHT_BIT}: kernels with them need compute capability 9.0, and {chip.name} has "
@@ -175,6 +181,15 @@ def activations_for(
             return chosen
         reasons.append(why)
     raise UnsupportedError(f"activations {EIGHT_BIT} suit no weights as these: {', '.join(reasons)}: leave them 16bit")
+
+
+@functools.cache
+def _tell_of_reference(activations: Activations, name: str, capability: tuple[int, int]) -> None:
+    _log.warning(
+        "activations %s: kernels with them need compute capability 9.0, and %s has %d.%d: the reference multiplies, "
+        "slowly; leave them 16bit",
+        *(activations, name, *capability),
+    )
 
 
 def kernel_layout(scheme: Scheme, dtype: torch.dtype, activations: Activations) -> str:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tersor.hardware import has_grouped_kernel
 from tersor.integrations.transformers.experts import PackedExperts
 from tersor.integrations.transformers.experts_form import is_experts
 from tersor.integrations.transformers.fused_experts import FusedExperts
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 GROUPED, BATCHED, EAGER = "grouped_mm", "batched_mm", "eager"
-_KERNEL_DTYPE, _KERNEL_CAPABILITY = torch.bfloat16, 9
-"""torch's grouped product is a kernel for this dtype from this major compute capability on, else a loop on the host."""
 
 
 class StepExperts:
@@ -73,10 +72,3 @@ class StepExperts:
         finally:
             for config in self._configs:
                 config._experts_implementation = GROUPED
-
-
-def has_grouped_kernel(weight: torch.Tensor) -> bool:
-    """Whether torch multiplies by weights [E, OC, IC] in one kernel, without waiting for the device."""
-    if weight.device.type != "cuda" or weight.dtype is not _KERNEL_DTYPE:
-        return False
-    return torch.cuda.get_device_capability(weight.device)[0] >= _KERNEL_CAPABILITY

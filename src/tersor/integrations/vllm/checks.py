@@ -45,6 +45,7 @@ class Started:
         balances: whether experts move between ranks while vLLM runs.
         random: whether weights are made up.
         option: an option that moves or adds to weights, as users write it, or an empty string.
+        capability: compute capability of the GPU; `None` where there is none.
     """
 
     ranks: int = 1
@@ -54,6 +55,7 @@ class Started:
     balances: bool = False
     random: bool = False
     option: str = ""
+    capability: tuple[int, int] | None = None
 
 
 def in_one_line(call: Callable[P, T]) -> Callable[P, T]:
@@ -138,6 +140,19 @@ def of_start(plan: Plan, started: Started) -> None:
         own = stored.channels // ranks
         if ranks > 1:
             need_quantum(stored, (own, 2 * own))
+
+
+def of_gpu(activations: Activations, capability: tuple[int, int] | None) -> None:
+    """Hold that a GPU has kernels with such activations; where there is no GPU, vLLM says so.
+
+    Raises:
+        UnsupportedError: it has none.
+    """
+    if activations is not Activations.NATIVE and capability not in (None, (9, 0)):
+        raise UnsupportedError(
+            f"activations {activations} of TERSOR_VLLM_ACTIVATIONS: kernels with them need compute capability 9.0, "
+            "this GPU has {}.{}: leave them 16bit".format(*capability)
+        )
 
 
 def need_quantum(stored: Stored, columns: tuple[int, int]) -> None:

@@ -90,6 +90,9 @@ def when_verified(kind: type[Any]) -> None:
 
 
 def _started(config: Any) -> Started:
+    from vllm.platforms import current_platform
+
+    capability = current_platform.get_device_capability()
     parallel, offload = config.parallel_config, config.offload_config
     across = parallel.data_parallel_size * parallel.prefill_context_parallel_size
     whole = bool(parallel.enable_expert_parallel)
@@ -106,6 +109,7 @@ def _started(config: Any) -> Started:
         balances=bool(parallel.enable_eplb),
         random=str(config.load_config.load_format) == "dummy",
         option=next((option for option, given in asked.items() if given), ""),
+        capability=None if capability is None else (capability.major, capability.minor),
     )
 
 

@@ -139,6 +139,7 @@ class TersorVllmConfig(compat.QuantizationConfig):
         Raises:
             UnsupportedError: they cannot; the line says why.
         """
+        checks.of_gpu(self.activations, started.capability)
         if self.plan is not None:
             checks.of_start(self.plan, started)
 
