@@ -9,6 +9,7 @@ import json
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from helpers import tiny_lm
 
 import tersor
 from tersor import LLM, SamplingParams
+from tersor.engine.launched import Launched
 from tersor.engine.outputs import LENGTH, STOP
 from tersor.engine.threaded import ThreadedEngine
 from tersor.errors import InputError, UnsupportedError
@@ -84,6 +86,41 @@ def test_a_stream_that_is_closed_early_leaves_nothing_and_an_open_one_is_alone(l
     llm.core.scheduler.audit()
     with pytest.raises(InputError, match="the prompt has no tokens"):
         next(llm.stream([]))
+    assert texts(llm.generate("x", GREEDY)) == [expected("x", 16)]
+
+
+@pytest.mark.parametrize("failing", [0, 1, 5])
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_call_that_fails_or_is_interrupted_leaves_a_model_that_answers(
+    llm: LLM, count: int, failing: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts, launch, steps = PROMPTS[:1] * count, llm.runner.launch, itertools.count()
+
+    def fails(*arguments: Any) -> Any:
+        if next(steps) == failing:
+            raise torch.OutOfMemoryError("memory ran out")
+        return launch(*arguments)
+
+    monkeypatch.setattr(llm.runner, "launch", fails)
+    with pytest.raises(torch.OutOfMemoryError):
+        llm.generate(prompts, DRAWN)
+    steps = itertools.count()
+    with pytest.raises(torch.OutOfMemoryError):
+        list(llm.stream(PROMPTS[1], DRAWN))
+    monkeypatch.undo()
+    waits, wait = itertools.count(), Launched.tokens
+
+    def interrupted(launched: Launched) -> list[int]:
+        if next(waits) == failing:
+            raise KeyboardInterrupt
+        return wait(launched)
+
+    monkeypatch.setattr(Launched, "tokens", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(prompts, DRAWN)
+    monkeypatch.undo()
+    llm.core.scheduler.audit()
+    assert not llm.core.unfinished and len(llm.core.scheduler.free_slots) == 48
     assert texts(llm.generate("x", GREEDY)) == [expected("x", 16)]
 
 
