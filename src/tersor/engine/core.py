@@ -82,7 +82,7 @@ class Runner(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Failed:
     """A step that was not launched, whose requests have ended."""
 

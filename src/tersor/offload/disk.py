@@ -232,9 +232,7 @@ class _Feed:
         error: why a thread ended before it was to.
     """
 
-    def __init__(
-        self, file: int, memory: torch.Tensor, ring: Sequence[torch.Tensor], link: Link, threads: int
-    ) -> None:
+    def __init__(self, file: int, memory: torch.Tensor, ring: Sequence[torch.Tensor], link: Link, threads: int) -> None:
         assert len(ring) > _ON_THEIR_WAY
         self._memory = memory  # of the ring, pinned as long as it is held
         self._own: set[int] = set()  # threads, by their numbers
