@@ -8,6 +8,8 @@ import itertools
 import json
 import math
 import re
+import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +88,50 @@ def test_a_stream_that_is_closed_early_leaves_nothing_and_an_open_one_is_alone(l
     llm.core.scheduler.audit()
     with pytest.raises(InputError, match="the prompt has no tokens"):
         next(llm.stream([]))
+    assert texts(llm.generate("x", GREEDY)) == [expected("x", 16)]
+
+
+@pytest.mark.timeout(60)
+def test_a_thread_that_asks_beside_another_is_refused_and_changes_no_text_of_it(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second one begins first, and adds its prompts while those of the first run."""
+    begun, running, done, check = threading.Event(), threading.Event(), threading.Event(), llm.core.check
+    second: list[Any] = []
+
+    def waiting(*arguments: Any) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            begun.set()
+            running.wait(5)
+        check(*arguments)
+
+    def ask() -> None:
+        try:
+            second.append(texts(llm.generate(PROMPTS[2:], GREEDY)))
+        except InputError as error:
+            second.append(str(error))
+        done.set()
+
+    def ended(output: Any) -> None:
+        running.set()
+        done.wait(5)
+
+    monkeypatch.setattr(llm.core, "check", waiting)
+    thread = threading.Thread(target=ask)
+    thread.start()
+    begun.wait(5)
+    params = [replace(GREEDY, max_tokens=count) for count in (4, 16)]
+    try:
+        first: Any = texts(llm.generate(PROMPTS[:2], params, on_finished=ended))
+    except InputError as error:
+        first = str(error)
+    running.set()
+    thread.join()
+    wanted = [expected(PROMPTS[0], 4), expected(PROMPTS[1], 16)], [expected(prompt, 16) for prompt in PROMPTS[2:]]
+    refused = [answer for answer in (first, *second) if isinstance(answer, str)]
+    assert len(refused) == 1 and refused[0].startswith("a stream of this model is open, or another thread asks it")
+    assert first in (wanted[0], *refused) and second[0] in (wanted[1], *refused)
+    monkeypatch.undo()
     assert texts(llm.generate("x", GREEDY)) == [expected("x", 16)]
 
 
