@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -18,6 +18,18 @@ SETTINGS = {
     "quiet": (architecture._quiet_transformers, logging.get_verbosity, logging.ERROR),
     "silent": (blocks._silent, logging.is_progress_bar_enabled, False),
 }
+
+
+@pytest.fixture(autouse=True)
+def usual() -> Iterator[None]:
+    """Settings as transformers begins with them, whatever tests before this one have said."""
+    verbosity, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_warning()
+    logging.enable_progress_bar()
+    yield
+    logging.set_verbosity(verbosity)
+    if not shown:
+        logging.disable_progress_bar()
 
 
 @pytest.mark.parametrize("name", SETTINGS)
