@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Generator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -118,7 +119,7 @@ class LLM:
                 team.close()
                 raise
             name = source.label
-        self.tokenizer, self.runner = tokenizer, built.runner
+        self.tokenizer, self.runner, self._asked = tokenizer, built.runner, threading.Lock()
         decoder = built.runner.decoder.config
         vocabulary = decoder.vocabulary
         self.info = ModelInfo(name, built.context, vocabulary, self.tokenizer)
@@ -167,24 +168,24 @@ class LLM:
             on_finished: told of each as it ends.
 
         Raises:
-            InputError: a prompt that can never be served, as many params as there are not prompts, or a stream that is
-                open; nothing runs.
+            InputError: a prompt that can never be served, as many params as there are not prompts, a stream that is
+                open, or another thread that asks; nothing runs.
         """
-        self._check_free()
-        listed = self._listed(prompts)
-        each = _one_each(params, len(listed))
-        items = []
-        for index, ((_, tokens), one) in enumerate(zip(listed, each, strict=True)):
-            self.core.check(f"prompt {index}", tokens.size, one)
-            items.append(Item(f"{index}", tokens, self.core.settled(one)))
         found: dict[str, RequestOutput] = {}
-        with closing(self._answered(items)) as outputs:
-            for output in outputs:
-                assert isinstance(output, RequestOutput)
-                output.prompt = listed[int(output.request_id)][0]
-                found[output.request_id] = output
-                if on_finished is not None:
-                    on_finished(output)
+        with self._alone():
+            listed = self._listed(prompts)
+            each = _one_each(params, len(listed))
+            items = []
+            for index, ((_, tokens), one) in enumerate(zip(listed, each, strict=True)):
+                self.core.check(f"prompt {index}", tokens.size, one)
+                items.append(Item(f"{index}", tokens, self.core.settled(one)))
+            with closing(self._answered(items)) as outputs:
+                for output in outputs:
+                    assert isinstance(output, RequestOutput)
+                    output.prompt = listed[int(output.request_id)][0]
+                    found[output.request_id] = output
+                    if on_finished is not None:
+                        on_finished(output)
         return [found[item.key] for item in items]
 
     def embed(self, prompts: Prompt | Sequence[Prompt]) -> list[EmbeddingRequestOutput]:
@@ -198,21 +199,22 @@ class LLM:
             prompts: texts, or lists of tokens; one alone is a list of one.
 
         Raises:
-            InputError: a prompt that can never be served, or a stream that is open; nothing runs.
+            InputError: a prompt that can never be served, a stream that is open, or another thread that asks; nothing
+                runs.
             TersorError: a state is not finite.
         """
-        self._check_free()
-        listed = self._listed(prompts)
-        items = [Item(f"{index}", tokens, None) for index, (_, tokens) in enumerate(listed)]
-        for item in items:
-            self.core.check(f"prompt {item.key}", item.tokens.size, None)
         found: dict[str, EmbeddingRequestOutput] = {}
-        with closing(self._answered(items)) as outputs:
-            for output in outputs:
-                assert isinstance(output, EmbeddingRequestOutput)
-                if output.error is not None:
-                    raise TersorError(f"prompt {output.request_id}: {output.error}")
-                found[output.request_id] = replace(output, prompt=listed[int(output.request_id)][0])
+        with self._alone():
+            listed = self._listed(prompts)
+            items = [Item(f"{index}", tokens, None) for index, (_, tokens) in enumerate(listed)]
+            for item in items:
+                self.core.check(f"prompt {item.key}", item.tokens.size, None)
+            with closing(self._answered(items)) as outputs:
+                for output in outputs:
+                    assert isinstance(output, EmbeddingRequestOutput)
+                    if output.error is not None:
+                        raise TersorError(f"prompt {output.request_id}: {output.error}")
+                    found[output.request_id] = replace(output, prompt=listed[int(output.request_id)][0])
         return [found[item.key] for item in items]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Generator[RequestOutput]:
@@ -226,27 +228,44 @@ class LLM:
             params: `None` is what the model's generation config says.
 
         Raises:
-            InputError: at the first output, a prompt that can never be served, or another stream that is open.
+            InputError: at the first output, a prompt that can never be served, another stream that is open, or another
+                thread that asks.
         """
-        self._check_free()
-        ((text, tokens),) = self._listed([prompt])
-        self.core.add(_STREAM, tokens.tolist(), params or SamplingParams(), prompt=text)
-        try:
-            while self.core.unfinished:
-                yield from self.core.step()
-        finally:
-            self.core.abort(_STREAM)
-            while self.core.unfinished:
-                self.core.step(partial=False)
+        with ExitStack() as held:
+            held.enter_context(self._alone())
+            ((text, tokens),) = self._listed([prompt])
+            self.core.add(_STREAM, tokens.tolist(), params or SamplingParams(), prompt=text)
+            ended = not self.core.unfinished
+            try:
+                while not ended:
+                    outputs = self.core.step()
+                    if ended := not self.core.unfinished:
+                        held.close()  # who keeps the generator may ask again
+                    yield from outputs
+            finally:
+                if not ended:
+                    self.core.abort(_STREAM)
+                    while self.core.unfinished:
+                        self.core.step(partial=False)
 
-    def _check_free(self) -> None:
-        """Hold that no stream is open, whose outputs would be taken for those of another call.
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Hold that nobody else asks, whose outputs would be taken for those of this call.
 
         Raises:
-            InputError: one is.
+            InputError: a stream is open, or another thread asks.
         """
-        if self.core.unfinished:
-            raise InputError("a stream of this model is open: read it to its end, or close it, before asking again")
+        free = self._asked.acquire(blocking=False)
+        try:
+            if not free or self.core.unfinished:
+                raise InputError(
+                    "a stream of this model is open, or another thread asks it: read the stream to its end, or close "
+                    "it, before asking again"
+                )
+            yield
+        finally:
+            if free:
+                self._asked.release()
 
     def _answered(self, items: list[Item]) -> Generator[Answer]:
         """Yield outputs as they end: by a plan where prompts may share prefixes, else in the order of arrival."""

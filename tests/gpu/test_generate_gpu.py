@@ -130,21 +130,23 @@ def test_a_sliding_window_model_runs_as_a_graph() -> None:
     assert stream.statistics.cuda_graph
 
 
-def test_a_model_that_synchronises_says_so_and_runs_eagerly(loaded: Any) -> None:
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_a_model_that_synchronises_says_so_and_runs_eagerly(loaded: Any, temperature: float) -> None:
     model, tokenizer = loaded
+    options = Sampling(max_new_tokens=16, ignore_eos=True, temperature=temperature, seed=3)
 
     def look(module: torch.nn.Module, arguments: object, output: torch.Tensor) -> None:
         float(output.sum())  # forbidden while a graph is captured
 
     handle = model.get_submodule("model.layers.0").mlp.register_forward_hook(look)
     try:
-        text, stream = run(Generator(model, tokenizer), Sampling(max_new_tokens=16, ignore_eos=True))
+        text, stream = run(Generator(model, tokenizer), options)
     finally:
         handle.remove()
     assert not stream.statistics.cuda_graph
     assert stream.statistics.eager_reason.startswith("capture failed")
     assert torch.randn(3, device="cuda").isfinite().all()  # torch's random numbers are left as they were
-    assert text == run(Generator(model, tokenizer, cuda_graph=False), Sampling(max_new_tokens=16, ignore_eos=True))[0]
+    assert text == run(Generator(model, tokenizer, cuda_graph=False), options)[0]
 
 
 def test_evaluation_on_the_gpu_agrees_with_the_cpu() -> None:

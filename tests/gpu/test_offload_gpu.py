@@ -153,6 +153,22 @@ def test_pinned_memory_is_as_large_as_asked_for_and_goes_with_its_tensor(monkeyp
     torch.ones(1, device="cuda").add_(1)  # no error is left behind
 
 
+def test_memory_that_the_driver_refuses_leaves_no_error_to_whoever_launches_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    runtime = torch.cuda.cudart()
+
+    class Refusing:
+        @staticmethod
+        def cudaHostRegister(address: int, nbytes: int, flags: int) -> int:
+            return int(runtime.cudaHostRegister(0, nbytes, flags))
+
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: Refusing)
+    with pytest.raises(TersorError, match="cudaHostRegister: error"):
+        pinned.allocate(4096, torch.device("cuda", 0))
+    assert torch.ones(3, device="cuda").add(1).tolist() == [2, 2, 2]
+
+
 def test_too_little_memory_of_the_host_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pinned, "available", lambda: 1000)
     with pytest.raises(TersorError, match="GB of pinned host memory are needed"):

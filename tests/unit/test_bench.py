@@ -169,13 +169,10 @@ class Clock:
         self.seconds = 100.0
         self.replays = 0
         self.recorded: list[int] = []
-        nothing = SimpleNamespace(wait_stream=lambda other: None)
         self.device = str
         self.cuda = SimpleNamespace(
-            Stream=lambda device: nothing,
+            Stream=lambda device: None,
             current_device=lambda: 0,
-            current_stream=lambda: nothing,
-            stream=lambda stream: contextlib.nullcontext(),
             synchronize=lambda: None,
             CUDAGraph=lambda: SimpleNamespace(replay=self.replay),
             Event=lambda enable_timing: SimpleNamespace(
@@ -198,6 +195,7 @@ def test_a_graph_is_warm_before_it_is_timed(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(timing, "torch", clock)
     monkeypatch.setattr(timing, "time", clock)
     monkeypatch.setattr(timing, "capturing", lambda graph, device: contextlib.nullcontext())
+    monkeypatch.setattr(timing, "beside", lambda side: contextlib.nullcontext())
     timing._side_stream.cache_clear()
     assert timing.graph_microseconds([lambda: calls.append(1)] * 4, replays=3) == 2000
     timing._side_stream.cache_clear()

@@ -15,7 +15,7 @@ from tersor.engine.config import EngineConfig
 from tersor.kernels.jit import memory
 from tersor.offload import pinned
 from tersor.ops import capture
-from tersor.ops.capture import capturing, outside
+from tersor.ops.capture import beside, capturing, outside
 from tersor.ops.workspace import Workspace
 from tersor.server import engines
 
@@ -101,6 +101,69 @@ def test_what_a_failed_capture_leaves_is_put_right_on_its_own_device(gpus: Gpus)
     done: list[int] = []
     outside(lambda: done.append(1))
     assert done == [1]
+
+
+def test_a_generator_that_drew_in_a_failed_capture_is_in_none_any_more(
+    gpus: Gpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Graph:
+        def __init__(self) -> None:
+            self.generators: list[Any] = []
+
+        def register_generator_state(self, one: Any) -> None:
+            assert not gpus.open
+            self.generators.append(one)
+
+    graph = torch.cuda.graph
+
+    @contextlib.contextmanager
+    def drawing(made: Graph, **options: Any) -> Iterator[None]:
+        with graph(made, **options):  # type: ignore[arg-type]
+            captured.update(made.generators)
+            yield
+        captured.difference_update(made.generators)  # as torch does: where the capture ends well
+
+    captured: set[Any] = set()
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", drawing)
+    one: Any = "a generator"
+    with capturing(Graph(), torch.device("cuda:0"), generators=[one]):  # type: ignore[arg-type]
+        assert captured == {one}
+    assert not captured
+    with pytest.raises(RuntimeError), capturing(Graph(), torch.device("cuda:0"), generators=[one]):  # type: ignore[arg-type]
+        assert captured == {one}
+        raise RuntimeError("forbidden")
+    assert not captured
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_runs_beside_is_waited_for_where_it_fails_too(fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[Any] = []
+
+    class Stream:
+        device = torch.device("cuda:1")
+
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def wait_stream(self, other: Stream) -> None:
+            said.append(f"{self.name} waits for {other.name}")
+
+    @contextlib.contextmanager
+    def launching(stream: Stream) -> Iterator[None]:
+        said.append(stream.name)
+        try:
+            yield
+        finally:
+            said.append("caller's")
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream(f"caller's of {device}"))
+    monkeypatch.setattr(torch.cuda, "stream", launching)
+    with contextlib.suppress(RuntimeError), beside(Stream("side")):  # type: ignore[arg-type]
+        if fails:
+            raise RuntimeError("memory ran out")
+    waits = ["side waits for caller's of cuda:1", "caller's of cuda:1 waits for side"]
+    assert said == [waits[0], "side", "caller's", waits[1]]
 
 
 @pytest.mark.parametrize("elsewhere", [False, True])

@@ -153,6 +153,20 @@ def test_an_aborted_file_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_file_whose_header_cannot_be_written_leaves_nothing(
+    error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*arguments: object) -> int:
+        raise error
+
+    monkeypatch.setattr(os, "pwrite", fails)
+    before = sorted(os.listdir("/proc/self/fd"))
+    with pytest.raises(OutputError if isinstance(error, OSError) else type(error)):
+        ShardWriter(tmp_path / "a.safetensors", SPECS)
+    assert not list(tmp_path.iterdir()) and sorted(os.listdir("/proc/self/fd")) == before
+
+
 def test_a_directory_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match=r"cannot write .*No such file"):
         ShardWriter(tmp_path / "absent" / "a.safetensors", SPECS)

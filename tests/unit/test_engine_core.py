@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import random
+from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
-from helpers.fake_core import TOKENIZER, core, run, solo
+from helpers.fake_core import TOKENIZER, Fake, core, run, solo
 
 from tersor.engine.outputs import ABORT, ERROR, LENGTH, STOP
 from tersor.engine.params import SamplingParams
-from tersor.errors import InputError
+from tersor.engine.request import Step
+from tersor.errors import InputError, TersorError
 
 
 def test_requests_together_draw_what_each_draws_alone() -> None:
@@ -98,3 +101,53 @@ def test_a_request_that_cannot_be_is_refused_alone() -> None:
     with pytest.raises(InputError, match="there is a request of this id already"):
         engine.add("a", [7], SamplingParams())
     assert list(run(engine)) == ["a"]
+
+
+@dataclass
+class Failing(Fake):
+    """Fails once, at a launch or at a wait, counted together.
+
+    Attributes:
+        calls: launches and waits that are left until then.
+        error: what is raised.
+    """
+
+    calls: int = 0
+    error: BaseException = field(default_factory=RuntimeError)
+
+    def call(self) -> None:
+        self.calls -= 1
+        if self.calls == -1:
+            raise self.error
+
+    def launch(self, step: Step, masks: object) -> Any:
+        self.call()
+        launched, tokens = super().launch(step, masks), self.call
+
+        class Waiting(type(launched)):  # type: ignore[misc]
+            def tokens(self) -> list[int]:
+                tokens()
+                found: list[int] = super().tokens()
+                return found
+
+        return Waiting(launched.step, launched.bad)
+
+
+@pytest.mark.parametrize("error", [TersorError("memory ran out"), KeyboardInterrupt()])
+@pytest.mark.parametrize("calls", range(14))
+def test_a_step_that_fails_or_is_interrupted_leaves_an_engine_that_goes_on(calls: int, error: BaseException) -> None:
+    engine = core(pages=16)
+    engine.runner = Failing(calls=calls, error=error)
+    names = [f"r{number}" for number in range(6)]
+    for number, name in enumerate(names):
+        engine.add(name, [30 + number] * (5 + 3 * number), SamplingParams(max_tokens=4 + number, n=1 + number % 2))
+    with pytest.raises(type(error)):
+        run(engine)
+    engine.scheduler.audit()
+    for name in names[::2]:  # others may go on
+        engine.abort(name)
+    run(engine)
+    assert not engine.unfinished and not engine.scheduler.steps and engine.stats().pages_used == 0
+    assert len(engine.scheduler.free_slots) == 8
+    engine.add("again", [7, 8], SamplingParams(max_tokens=9))
+    assert run(engine)["again"].outputs[0].token_ids == solo([7, 8], 9)

@@ -205,6 +205,17 @@ def test_one_token_has_no_rate() -> None:
     assert mine.statistics.tokens_per_second is None and mine.statistics.new_tokens == 1
 
 
+def test_a_stream_cannot_be_read_on_once_another_has_begun() -> None:
+    one, options = generator(), Sampling(max_new_tokens=12, ignore_eos=True)
+    first = one.stream(PROMPT, options)
+    next(first)
+    whole = "".join(one.stream("import os\nimport", options))
+    with pytest.raises(TersorError, match=r"^another stream of this generator has begun: read one to its end, or make"):
+        next(first)
+    assert "".join(one.stream("import os\nimport", options)) == whole
+    assert whole == "".join(generator().stream("import os\nimport", options))
+
+
 def test_text_comes_piece_by_piece() -> None:
     mine = generator().stream(PROMPT, Sampling(max_new_tokens=12))
     next(mine)

@@ -149,6 +149,18 @@ def test_processes_drain_when_told_to_stop(tmp_path: Path) -> None:
     assert go(tmp_path, resume=True).progress.done == 40
 
 
+def test_a_run_that_was_not_read_to_its_end_answers_no_other() -> None:
+    items = [Item(f"{i}", np.array([5, 6, i], np.int32), SamplingParams(max_tokens=3)) for i in range(40)]
+    with Processes(MakeSlow(), 1) as engines:
+        assert len(list(engines.run(items[:4], lambda: False))) == 4
+        assert len(list(engines.run(items[:4], lambda: False))) == 4
+        run = engines.run(items, lambda: False)
+        next(iter(run))
+        run.close()  # type: ignore[attr-defined]
+        with pytest.raises(InputError, match=r"^an earlier run of these engines was not read to its end: make others$"):
+            engines.run([replace(item, tokens=item.tokens + 1) for item in items], lambda: False)
+
+
 def test_an_engine_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
     write(tmp_path / "in.jsonl", MIXED[:3])
     with (

@@ -8,7 +8,10 @@ import itertools
 import json
 import math
 import re
+import threading
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ from helpers import tiny_lm
 
 import tersor
 from tersor import LLM, SamplingParams
+from tersor.engine.launched import Launched
 from tersor.engine.outputs import LENGTH, STOP
 from tersor.engine.threaded import ThreadedEngine
 from tersor.errors import InputError, UnsupportedError
@@ -73,6 +77,18 @@ def test_a_stream_grows_to_what_generate_gives(llm: LLM) -> None:
     assert seen[-1].outputs == whole.outputs and seen[-1].prompt == PROMPTS[1]
 
 
+def test_a_stream_that_has_ended_leaves_the_model_to_others_while_somebody_keeps_it(llm: LLM) -> None:
+    kept = llm.stream(PROMPTS[1], DRAWN)
+    while not next(kept).finished:
+        pass
+    (wanted,) = llm.generate(PROMPTS[0], GREEDY)
+    other = llm.stream(PROMPTS[0], GREEDY)
+    next(other)
+    kept.close()
+    *_, last = other
+    assert last.outputs[0].token_ids == wanted.outputs[0].token_ids
+
+
 def test_a_stream_that_is_closed_early_leaves_nothing_and_an_open_one_is_alone(llm: LLM) -> None:
     stream = llm.stream(PROMPTS[1], SamplingParams(n=3, max_tokens=500, ignore_eos=True))
     next(stream)
@@ -84,6 +100,85 @@ def test_a_stream_that_is_closed_early_leaves_nothing_and_an_open_one_is_alone(l
     llm.core.scheduler.audit()
     with pytest.raises(InputError, match="the prompt has no tokens"):
         next(llm.stream([]))
+    assert texts(llm.generate("x", GREEDY)) == [expected("x", 16)]
+
+
+@pytest.mark.timeout(60)
+def test_a_thread_that_asks_beside_another_is_refused_and_changes_no_text_of_it(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second one begins first, and adds its prompts while those of the first run."""
+    begun, running, done, check = threading.Event(), threading.Event(), threading.Event(), llm.core.check
+    second: list[Any] = []
+
+    def waiting(*arguments: Any) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            begun.set()
+            running.wait(5)
+        check(*arguments)
+
+    def ask() -> None:
+        try:
+            second.append(texts(llm.generate(PROMPTS[2:], GREEDY)))
+        except InputError as error:
+            second.append(str(error))
+        done.set()
+
+    def ended(output: Any) -> None:
+        running.set()
+        done.wait(5)
+
+    monkeypatch.setattr(llm.core, "check", waiting)
+    thread = threading.Thread(target=ask)
+    thread.start()
+    begun.wait(5)
+    params = [replace(GREEDY, max_tokens=count) for count in (4, 16)]
+    try:
+        first: Any = texts(llm.generate(PROMPTS[:2], params, on_finished=ended))
+    except InputError as error:
+        first = str(error)
+    running.set()
+    thread.join()
+    wanted = [expected(PROMPTS[0], 4), expected(PROMPTS[1], 16)], [expected(prompt, 16) for prompt in PROMPTS[2:]]
+    refused = [answer for answer in (first, *second) if isinstance(answer, str)]
+    assert len(refused) == 1 and refused[0].startswith("a stream of this model is open, or another thread asks it")
+    assert first in (wanted[0], *refused) and second[0] in (wanted[1], *refused)
+    monkeypatch.undo()
+    assert texts(llm.generate("x", GREEDY)) == [expected("x", 16)]
+
+
+@pytest.mark.parametrize("failing", [0, 1, 5])
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_call_that_fails_or_is_interrupted_leaves_a_model_that_answers(
+    llm: LLM, count: int, failing: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts, launch, steps = PROMPTS[:1] * count, llm.runner.launch, itertools.count()
+
+    def fails(*arguments: Any) -> Any:
+        if next(steps) == failing:
+            raise torch.OutOfMemoryError("memory ran out")
+        return launch(*arguments)
+
+    monkeypatch.setattr(llm.runner, "launch", fails)
+    with pytest.raises(torch.OutOfMemoryError):
+        llm.generate(prompts, DRAWN)
+    steps = itertools.count()
+    with pytest.raises(torch.OutOfMemoryError):
+        list(llm.stream(PROMPTS[1], DRAWN))
+    monkeypatch.undo()
+    waits, wait = itertools.count(), Launched.tokens
+
+    def interrupted(launched: Launched) -> list[int]:
+        if next(waits) == failing:
+            raise KeyboardInterrupt
+        return wait(launched)
+
+    monkeypatch.setattr(Launched, "tokens", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(prompts, DRAWN)
+    monkeypatch.undo()
+    llm.core.scheduler.audit()
+    assert not llm.core.unfinished and len(llm.core.scheduler.free_slots) == 48
     assert texts(llm.generate("x", GREEDY)) == [expected("x", 16)]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -180,6 +181,25 @@ def test_files_and_folders_of_tasks_are_found_without_those_of_lm_eval(folder: P
     found = find_tasks(f"{folder / 'rolling.yaml'}, {folder}")
     assert found.names == ("local_rolling", "local_choice", "local_generate")
     assert "hellaswag" not in found.manager.all_tasks
+
+
+def test_the_logger_of_lm_eval_is_left_as_it_was(folder: Path, llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    logger, seen = logging.getLogger("lm_eval"), []
+    before = logger.level
+
+    def asked_for(*arguments: Any, **options: Any) -> Any:
+        seen.append(logger.level)
+        raise TersorError("no tasks here")
+
+    logger.setLevel(logging.DEBUG)
+    try:
+        found = find_tasks(str(folder))
+        monkeypatch.setattr(tasks.evaluator, "simple_evaluate", asked_for)
+        with pytest.raises(TersorError, match="no tasks here"):
+            tasks.run(found, llm, "tiny")
+        assert seen == [logging.ERROR] and logger.level == logging.DEBUG
+    finally:
+        logger.setLevel(before)
 
 
 def test_tasks_that_are_not_there_are_one_line(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -64,6 +65,35 @@ def test_rows_lie_in_the_models_order_wherever_anyone_looks(
     assert "experts=3, in_features=64, out_features=24" in repr(module)
     with pytest.raises(UnsupportedError, match="by the layer that holds them"):
         module(torch.randn(1, HIDDEN))
+
+
+@pytest.mark.timeout(30)
+def test_threads_that_are_the_first_to_ask_arrange_rows_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = stack(2 * INNER, HIDDEN, "uint4", Rows.HALVES)
+    decoded, both, first, found = module.weight, threading.Event(), threading.Event(), []
+    calls: list[int] = []
+
+    def layout(*_: object) -> str:
+        calls.append(1)
+        if len(calls) == 1:
+            both.wait(0.3)  # for the other thread, where it comes so far
+        else:
+            both.set()
+            first.wait(0.3)
+        return "tiles_float16"
+
+    def ask() -> None:
+        found.append(module.ready(torch.float32))
+        first.set()
+
+    monkeypatch.setattr(ops, "preferred_layout", layout)
+    threads = [threading.Thread(target=ask) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert torch.equal(module.weight, decoded)
+    assert all(torch.equal(one.data, module.weight_packed) for one in found)
 
 
 @pytest.mark.parametrize("rows", [Rows.HALVES, Rows.PAIRS])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -218,3 +219,27 @@ def test_two_layers_compile_in_one_graph() -> None:
 
 def test_a_layer_with_a_zero_size_batch() -> None:
     assert make()(torch.empty(0, 64)).shape == (0, 24)
+
+
+@pytest.mark.timeout(30)
+def test_a_thread_that_asks_while_a_weight_changes_its_layout_gets_one_or_the_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layer, found = make(get_scheme("int4", 16)), []
+    decoded, put = layer.weight, torch.nn.Module.__setattr__
+
+    def asked(module: torch.nn.Module, name: str, value: object) -> None:
+        if module is layer and name == "weight_scale":
+            threads.append(threading.Thread(target=lambda: found.append(layer.packed_weight())))
+            threads[-1].start()
+            threads[-1].join(0.2)
+        put(module, name, value)
+
+    threads: list[threading.Thread] = []
+    monkeypatch.setattr(torch.nn.Module, "__setattr__", asked)
+    monkeypatch.setattr(ops, "preferred_layout", lambda *_: TILES)
+    layer.prepare(torch.float16)
+    for thread in threads:
+        thread.join()
+    assert layer.layout == TILES and len(found) == 1
+    assert torch.equal(found[0].dequantize(torch.float32), decoded)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.cuda import _get_device_index
 
+from tersor.errors import TersorError
 from tersor.offload import pinned
 from tersor.offload.disk import DiskStore
 from tersor.offload.host import HostStore
@@ -160,3 +161,34 @@ def test_a_cpu_has_no_events_and_copies_at_once() -> None:
     link.after(None)
     link.wait(None)
     link.finish()
+
+
+@pytest.mark.parametrize("code", [0, 2])
+def test_memory_that_the_driver_refuses_leaves_no_error_to_whoever_launches_next(
+    code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    last, launched, empty = [0], [0], torch.zeros
+
+    class Runtime:
+        @staticmethod
+        def cudaHostRegister(address: int, nbytes: int, flags: int) -> int:
+            last[0] = code
+            return code
+
+        @staticmethod
+        def cudaHostUnregister(address: int) -> None:
+            pass
+
+    def launch(*sizes: Any, device: Any = None, **options: Any) -> torch.Tensor:
+        launched[0] += 1
+        if last[0]:  # as torch does behind a launch, which takes the error away
+            last[0] = 0
+            raise RuntimeError("CUDA error: out of memory")
+        return empty(*sizes, **options)
+
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: Runtime)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch, "zeros", launch)
+    with pytest.raises(TersorError, match="cudaHostRegister: error 2") if code else contextlib.nullcontext():
+        pinned.allocate(4096, torch.device("cuda", 0))
+    assert not last[0] and launched == [1 if code else 0]

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -324,3 +325,53 @@ def test_a_store_that_goes_while_a_file_is_read_ahead_ends_its_threads(
     del store
     gc.collect()
     assert not any(thread.is_alive() for thread in before)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("where", ["ahead", "read", "send"])
+def test_a_store_that_goes_in_one_of_its_own_threads_ends_all_of_them(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = [DiskStore(tmp_path, CPU, chunk=BLOCK, buffers=3, threads=2)]
+    filled(held[0], 3)
+    pinned_memory = weakref.ref(held[0]._memory)
+    file, before = held[0]._file, {one for one in threading.enumerate() if one.name.startswith("offload")}
+    place: Any = {"ahead": ThreadPoolExecutor, "read": disk, "send": Link}[where]
+    name = {"ahead": "submit", "read": "_read", "send": "copy"}[where]
+    call, calls, begun, seen = getattr(place, name), itertools.count(), threading.Event(), []
+
+    def collected(*arguments: Any) -> Any:
+        begun.wait()
+        if next(calls) == 1:
+            held.clear()  # as the collector would
+            seen.append(threading.current_thread().name)
+        return call(*arguments)
+
+    monkeypatch.setattr(place, name, collected)
+    for image in range(3):
+        held[0].load(image, 0)
+    begun.set()
+    for thread in before:
+        thread.join(5)
+    assert seen and seen[0].startswith(f"offload-{where}")
+    assert not any(thread.is_alive() for thread in threading.enumerate() if thread.name.startswith("offload-read"))
+    assert not any(thread.is_alive() for thread in before)
+    for thread in threading.enumerate():
+        if thread.name == "offload-close":
+            thread.join(5)
+    with pytest.raises(OSError):
+        os.fstat(file)
+    assert pinned_memory() is None
+
+
+@pytest.mark.timeout(20)
+def test_a_disk_that_fails_while_it_is_timed_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = DiskStore(tmp_path, CPU, chunk=BLOCK, buffers=3, threads=2)
+    filled(store, 3)
+
+    def fails(*arguments: Any) -> int:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(disk.os, "preadv", fails)
+    with pytest.raises(TersorError, match=r"offload: .*: weights cannot be read: \[Errno 5\] Input/output error"):
+        store.bandwidth()

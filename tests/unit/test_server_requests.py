@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -10,6 +12,10 @@ import openai
 import pytest
 from helpers.fake_engine import FakeEngine
 from helpers.served import TEMPLATE, Served, serving, tokenizer
+
+from tersor.server import api
+from tersor.server.api import Api
+from tersor.server.options import ServerOptions
 
 CHAT = "/v1/chat/completions"
 USER = [{"role": "user", "content": "Hello"}]
@@ -296,3 +302,21 @@ def test_the_openai_client_sees_its_own_errors(server: Served) -> None:
         server.chat(temperature=-1)
     with pytest.raises(openai.NotFoundError, match="no model"):
         server.openai.completions.create(model="other", prompt="a")
+
+
+def test_grammars_that_get_no_thread_keep_no_place_among_the_compilers(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = Api(FakeEngine(tokenizer()), ServerOptions(grammar_seconds=5.0))
+
+    class NoThread(threading.Thread):
+        def start(self) -> None:
+            raise RuntimeError("can't start new thread")
+
+    async def ask() -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(api.threading, "Thread", NoThread)
+            for _ in range(api._COMPILERS):
+                with pytest.raises(RuntimeError, match="new thread"):
+                    await asked.check_grammar({"json_object": True})
+        await asked.check_grammar({"json_object": True})
+
+    asyncio.run(ask())

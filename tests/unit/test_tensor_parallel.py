@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from helpers import packed_models, tiny_lm
 from helpers.asked import OPTIONS, answers, broken, lost, same
 
 import tersor
+from tersor.checkpoint.source import open_source
 from tersor.engine import workers
 from tersor.engine.config import EngineConfig
 from tersor.engine.orders import END, Line, Order
@@ -81,6 +83,57 @@ def test_what_a_rank_cannot_load_is_said_by_the_first(path: Path, monkeypatch: p
     with pytest.raises(LostError, match=r"^rank 1 of 2 ended: the weights do not fit$"):
         tersor.LLM(path, tensor_parallel=2, **OPTIONS)
     assert not multiprocessing.active_children() and not torch.distributed.is_initialized()
+
+
+class Nobody:
+    """Stands for the processes of other ranks, of which there are none."""
+
+    def __init__(self, *arguments: object) -> None:
+        self.closing = self.ended = False
+        self.store = self.lost = None
+
+    def greet(self) -> None:
+        """Nobody is waited for."""
+
+    def watch(self, seat: object) -> None:
+        """Nobody is watched."""
+
+    def end(self) -> None:
+        self.ended = True
+
+
+@pytest.mark.parametrize("error", [LostError("rank 1 of 2 ended"), KeyboardInterrupt()])
+def test_ranks_that_do_not_connect_leave_a_process_that_may_try_again(
+    path: Path, error: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*arguments: object) -> None:
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+        raise error
+
+    made: list[Nobody] = []
+    monkeypatch.setattr(workers, "_Children", lambda *arguments: made.append(Nobody()) or made[-1])
+    monkeypatch.setattr(workers, "_connect", fails)
+    for _ in range(2):
+        with pytest.raises(type(error)):
+            tersor.LLM(path, tensor_parallel=2, **OPTIONS)
+        assert made[-1].ended and not torch.distributed.is_initialized()
+
+
+def test_an_end_that_is_interrupted_ends_all_ranks(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(seat: object) -> None:
+        raise KeyboardInterrupt
+
+    children, left = Nobody(), [0]
+    seat = SimpleNamespace(leave=lambda: left.append(1))
+    monkeypatch.setattr(workers, "_Children", lambda *arguments: children)
+    monkeypatch.setattr(workers, "_connect", lambda *arguments: seat)
+    monkeypatch.setattr(workers, "_say_end", interrupted)
+    with open_source(path) as source:
+        team = workers.gather(EngineConfig(tensor_parallel=2, device="cpu"), source)
+    with pytest.raises(KeyboardInterrupt):
+        team.close()
+    assert children.closing and children.ended and left == [0, 1]
 
 
 def test_a_model_that_cannot_be_cut_so_often_is_refused_before_a_process_starts(

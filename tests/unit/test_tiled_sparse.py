@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from helpers.emulated import COMPILER, Emulated, tensor_map
 from torch.nn import functional
 
 from tersor import formats, hardware, ops
-from tersor.errors import FormatError, ShapeError
+from tersor.errors import FormatError, ShapeError, TersorError
 from tersor.formats import Activations, Plain, Scheme, Sparse, get_scheme
 from tersor.hardware import CHIPS, chip_named
 from tersor.kernels import jit
@@ -153,6 +154,32 @@ def test_a_layer_keeps_tiles_and_shows_what_is_stored(in_tiles: None) -> None:
     assert wide.as_stored and torch.equal(wide.stored_weight().values, other.values)
     traced = torch.compile(copy.deepcopy(half).half(), backend="eager", fullgraph=True)
     assert torch.equal(traced(x), ops.linear(x, other, torch.zeros(70).half()))
+
+
+@pytest.mark.timeout(30)
+def test_a_thread_that_asks_while_tiles_are_made_gets_the_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, decoded = made()
+    layer = SparseLinear.from_packed(weight, None, torch.float32)
+    put, found, threads = torch.nn.Module.__setattr__, [], list[threading.Thread]()
+
+    def ask() -> None:
+        try:
+            found.append(layer.packed_weight().dequantize())
+        except TersorError as error:
+            found.append(error)
+
+    def asked(module: torch.nn.Module, name: str, value: object) -> None:
+        if module is layer and name == "weight_scale":
+            threads.append(threading.Thread(target=ask))
+            threads[-1].start()
+            threads[-1].join(0.2)
+        put(module, name, value)
+
+    monkeypatch.setattr(torch.nn.Module, "__setattr__", asked)
+    layer._set_weight(tiled(weight))
+    for thread in threads:
+        thread.join()
+    assert len(found) == 1 and torch.equal(found[0], decoded)
 
 
 def test_up_to_64_tokens_are_fused_and_more_by_what_is_predicted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import threading
 from types import SimpleNamespace
@@ -11,8 +12,11 @@ import pytest
 import torch
 from helpers.fakes import FakeGpu
 
+from tersor.engine.runner import Runner
 from tersor.errors import KernelError
 from tersor.kernels.jit import memory, module
+from tersor.models.config import DecoderConfig
+from tersor.models.random import random_decoder
 from tersor.ops import workspace
 
 
@@ -174,3 +178,18 @@ def test_memory_is_given_back_in_its_own_context(status: int, monkeypatch: pytes
         memory.release(4096, 3)
     names = [name for name, *_ in driver.calls]
     assert names.index("cuCtxPushCurrent") < names.index("cuMemFree") < names.index("cuCtxPopCurrent")
+
+
+def test_an_engine_that_goes_gives_its_memory_back(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 16}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}
+    config = DecoderConfig.from_dict({"architectures": ["LlamaForCausalLM"], "rms_norm_eps": 1e-5, **sizes})
+    runner = Runner(random_decoder(config, None, "cpu", torch.float32), None, max_rows=2, max_length=64)
+    said: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda index: said.append(f"waits for {index}"))
+    monkeypatch.setattr(memory, "release", lambda address, index: said.append(address))
+    address, *_ = runner.workspace.split_sums(0, 5, 1000, 10)
+    assert not said
+    del runner
+    gc.collect()
+    assert said == ["waits for 0", address]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from tersor.ops.capture import capturing
+from tersor.ops.capture import beside, capturing
 
 WARM_SECONDS = 0.02
 """Replays before a graph is timed."""
@@ -26,12 +26,9 @@ def graph_microseconds(calls: Sequence[Callable[[], object]], replays: int = 9) 
         calls: what is timed; run once before capture.
         replays: timed replays of the whole graph.
     """
-    side = _side_stream(torch.cuda.current_device())
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
+    with beside(_side_stream(torch.cuda.current_device())):
         for call in calls:
             call()
-    torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with capturing(graph, torch.device("cuda")):

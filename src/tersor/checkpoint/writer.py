@@ -66,7 +66,11 @@ class ShardWriter:
             self._fd = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
         except OSError as error:
             raise output_error(error, path) from None
-        self._write_at(0, memoryview(header))
+        try:
+            self._write_at(0, memoryview(header))
+        except BaseException:
+            self.abort()
+            raise
 
     def write(self, name: str, start: int, data: memoryview) -> None:
         """Write bytes of tensor `name` from byte `start` of the tensor on; any thread, each byte once.

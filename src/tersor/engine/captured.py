@@ -16,7 +16,7 @@ import torch
 from tersor.engine.step_buffer import Layout
 from tersor.errors import TersorError
 from tersor.models.streamed import Streamed
-from tersor.ops.capture import capturing
+from tersor.ops.capture import beside, capturing
 
 
 @dataclass(slots=True)
@@ -124,10 +124,8 @@ def capture(
     views["slots"].fill_(spare)
     graph = torch.cuda.CUDAGraph()
     try:
-        side.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(side), nullcontext() if streamed is None else streamed.rehearsed():
+        with beside(side), nullcontext() if streamed is None else streamed.rehearsed():
             decode(views, size, given)
-        torch.cuda.current_stream(device).wait_stream(side)
         with (
             capturing(graph, device, pool=pool),
             nullcontext() if streamed is None else streamed.captured(),

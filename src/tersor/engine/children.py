@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -87,6 +88,14 @@ def leave_signals() -> None:
     """Ignore, in a process that another one has started, what may be sent to all of a group: that one ends this."""
     for one in (signal.SIGINT, signal.SIGTERM):
         signal.signal(one, signal.SIG_IGN)
+
+
+def end_with(link: Connection, status: int) -> None:
+    """End this process, with a status, when the one that started it does."""
+    try:
+        link.recv()
+    except (EOFError, OSError):
+        os._exit(status)
 
 
 def _join(child: BaseProcess, seconds: float) -> None:

@@ -83,6 +83,19 @@ class Runner(Protocol):
 
 
 @dataclass(slots=True)
+class _Failed:
+    """A step that was not launched, whose requests have ended."""
+
+    step: Step
+    logprobs: None = None
+    prompt_logprobs: None = None
+    states: None = None
+
+    def tokens(self) -> list[int]:
+        return [-1] * len(self.step.drawing)
+
+
+@dataclass(slots=True)
 class _Open:
     """A request that has not ended, or whose end has not been told."""
 
@@ -244,13 +257,17 @@ class Core:
 
         Args:
             partial: whether requests that go on are returned as well, as copies of what they are now.
+
+        Raises:
+            Exception: what the runner raises. Requests of a step that was not launched have ended; those of one that
+                could not be read have not, and it is read again.
         """
         step = self.scheduler.schedule()
         if step is not None:
-            self._under_way.append(self.runner.launch(step, self._masks(step)))
+            self._under_way.append(self._launched(step))
         most = self.scheduler.limits.stages if self._ahead else 0
         if self._under_way and (step is None or len(self._under_way) > most):
-            self._read(self._under_way.popleft(), late=not partial)
+            self._read(late=not partial)
         news, self._news = self._news, {}
         outputs = []
         for one in news.values():
@@ -281,6 +298,17 @@ class Core:
                 self._grammars = Grammars(self.tokenizer, self.vocabulary, self.eos)
             return self._grammars
 
+    def _launched(self, step: Step) -> Launched:
+        """Launch a step; one that fails is read in its turn, too, since the scheduler has planned it."""
+        try:
+            return self.runner.launch(step, self._masks(step))
+        except BaseException:
+            for request in (*(row.request for row in step.rows), *step.grown):
+                self.scheduler.end(request, ERROR)
+                self._end(request, ERROR)
+            self._under_way.append(_Failed(step))
+            raise
+
     def _masks(self, step: Step) -> dict[int, torch.Tensor]:
         """Return slot -> tokens that may be drawn, of the rows that have a grammar."""
         if not self._matchers:
@@ -293,9 +321,11 @@ class Core:
         matcher = self._matchers.get(request)
         return matcher is not None and matcher.accept(token)
 
-    def _read(self, launched: Launched, *, late: bool) -> None:
-        """Take what a step drew; where nobody sees requests before they end, texts may come `late`."""
+    def _read(self, *, late: bool) -> None:
+        """Take what the oldest step drew; where nobody sees requests before they end, texts may come `late`."""
+        launched = self._under_way[0]
         step, drawn = launched.step, launched.tokens()
+        self._under_way.popleft()  # who interrupts the wait finds it still there
         if launched.prompt_logprobs is not None:
             self._read_prompts(step, launched.prompt_logprobs)
         for row, token in zip(step.drawing, drawn, strict=True):

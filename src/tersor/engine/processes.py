@@ -33,6 +33,7 @@ class Processes:
             raise InputError(f"processes of a batch are {count}: they must be at least 1")
         self.count = count
         self._stop = multiprocessing.get_context("spawn").Event()
+        self._busy: set[int] = set()  # workers that have not ended what they began
         self._children = Children(_serve, (make, self._stop), restarts=restarts, parents=parents)
         for worker in range(count):
             self._children.start(worker)
@@ -41,13 +42,17 @@ class Processes:
         """Yield the outputs of all items, in any order.
 
         Raises:
+            InputError: an earlier run was not read to its end, whose answers would be taken for those of this one.
             TersorError: an engine cannot be made, or no process is left.
         """
+        if self._busy:
+            raise InputError("an earlier run of these engines was not read to its end: make others")
         self._stop.clear()
         return run_over(self, items, stopping)
 
     def begin(self, worker: int, items: list[Item]) -> None:
         """Send a worker what it is to answer; one that is gone is noticed by `wait`."""
+        self._busy.add(worker)
         try:
             self._children.links[worker].send(items)
         except OSError:
@@ -68,6 +73,8 @@ class Processes:
                 raise TersorError(f"the engine of worker {worker} cannot be made: {event}")
             if isinstance(event, str):
                 event = self._ended(worker, event)
+            if isinstance(event, Done | Lost):
+                self._busy.discard(worker)
             events.append((worker, event))
         return events
 

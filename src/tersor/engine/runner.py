@@ -10,6 +10,7 @@ are under way: each begins when those ahead of it are in later stages (`returns`
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -61,7 +62,7 @@ class Runner:
         capture_seconds: what capturing all of them took.
         eager_reason: why there are none, or an empty string.
         repeats: whether what would be graphs is launched anew every time: the host brings weights in a step.
-        workspace: memory of split products.
+        workspace: memory of split products, given back when the runner goes, and its graphs with it.
     """
 
     def __init__(
@@ -94,6 +95,7 @@ class Runner:
         self.ranks, self.stages, self._line = ranks, stages, line
         self.kv_dtype = kv_dtype or decoder.dtype
         self.workspace = ops.Workspace()
+        weakref.finalize(self, self.workspace.close).atexit = False  # a process that ends frees everything anyway
         self.caches: list[PagedCache] = []
         self.graphs: dict[int, Captured | Repeated] = {}
         self.sharing: dict[int, Captured | Repeated] = {}

@@ -26,13 +26,13 @@ from torch.distributed import ProcessGroup
 
 from tersor.checkpoint.source import Source, open_source
 from tersor.engine.build import build
-from tersor.engine.children import leave_signals
+from tersor.engine.children import end_with, leave_signals
 from tersor.engine.config import EngineConfig
 from tersor.engine.orders import Line
 from tersor.errors import InputError, LostError, TersorError
 from tersor.hardware import resolve_device
 from tersor.models.load import check_placed
-from tersor.ops.collective import ALONE, Ranks
+from tersor.ops.collective import ALONE, Ranks, disconnect
 from tersor.ops.one_shot import OneShot, reachable
 from tersor.ops.stages import ONE, Stages
 from tersor.planner.placement import Place, Placement
@@ -182,14 +182,17 @@ def gather(config: EngineConfig, source: Source) -> Team:
         seat = _connect(0, placement, device, children.store, children.lost)
         children.watch(seat if device.type == "cuda" else None)
     except BaseException:
-        children.end()
+        with ExitStack() as calls:
+            calls.callback(disconnect, device)
+            children.end()
         raise
 
     def end() -> None:
         children.closing = True
-        _say_end(seat)
-        seat.leave()
-        children.end()
+        with ExitStack() as calls:  # all of it, also where somebody interrupts
+            calls.callback(children.end)
+            calls.callback(seat.leave)
+            _say_end(seat)
 
     return Team(seat, end=end)
 
@@ -374,7 +377,7 @@ def _work(link: Connection, rank: int, port: int, config: EngineConfig, director
     leave_signals()
     torch.set_num_threads(threads)  # sums of all ranks are to be the same
     link.send("")
-    threading.Thread(target=_end_with, args=(link,), daemon=True).start()
+    threading.Thread(target=end_with, args=(link, _LEFT_ALONE), daemon=True).start()
     code = 0
     try:
         device = torch.device(config.device)
@@ -390,11 +393,3 @@ def _work(link: Connection, rank: int, port: int, config: EngineConfig, director
         link.send(" ".join(str(error).split()) or type(error).__name__)
         code = 1
     os._exit(code)  # a communicator that waits for one that is gone would keep the process
-
-
-def _end_with(link: Connection) -> None:
-    """End this process when the first rank does."""
-    try:
-        link.recv()
-    except (EOFError, OSError):
-        os._exit(_LEFT_ALONE)

@@ -81,8 +81,11 @@ class RayEngines:
         """Yield the outputs of all items, in any order.
 
         Raises:
+            InputError: an earlier run was not read to its end, whose answers would be taken for those of this one.
             TersorError: an engine cannot be made, or no actor is left.
         """
+        if self._running:
+            raise InputError("an earlier run of these engines was not read to its end: make others")
         if self._stopped:
             self._ray.get([actor.go_on.remote() for actor in self._actors])
             self._stopped = False

@@ -14,7 +14,7 @@ from tersor.formats import Scheme
 from tersor.layouts import STREAM, Stacked, StackedWeight
 from tersor.layouts.gated import gated_rows, interleave
 from tersor.nn.linear import cast_bias
-from tersor.nn.packed import MultipliedModule
+from tersor.nn.packed import MultipliedModule, guard
 
 
 class Rows(enum.Enum):
@@ -168,7 +168,7 @@ class PackedStack(MultipliedModule):
             weight = self._view()
             return weight if self.interleaved else self.rows.arrange(weight.to_layout(STREAM))
         weight = self._current()
-        if self._ready_for is not dtype:
+        if self._ready_for is not dtype or weight is not self._held:  # another thread has prepared it meanwhile
             self.prepare(dtype)
             weight = self._current()
         # Only while a CUDA graph is captured is a weight not as it should be, and what is made there is not kept.
@@ -179,25 +179,27 @@ class PackedStack(MultipliedModule):
 
         Does nothing when they are there already, on the meta device, and while a CUDA graph is captured.
         """
-        weight = self._current()
-        device = weight.data.device
-        if self._ready_for is dtype or device.type == "meta":
-            return
-        layout = ops.preferred_layout(self.scheme, dtype, device, self.activations)
-        if layout != weight.layout or not self.interleaved:
-            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        with guard:
+            weight = self._current()
+            device = weight.data.device
+            if self._ready_for is dtype or device.type == "meta":
                 return
-            if not self.interleaved:
-                weight = self.rows.arrange(weight.to_layout(STREAM))
-            self._set_stack(weight.to_layout(layout), interleaved=True)
-            self._current()  # what is held now is what is ready
-        self._ready_for = dtype
+            layout = ops.preferred_layout(self.scheme, dtype, device, self.activations)
+            if layout != weight.layout or not self.interleaved:
+                if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                    return
+                if not self.interleaved:
+                    weight = self.rows.arrange(weight.to_layout(STREAM))
+                self._set_stack(weight.to_layout(layout), interleaved=True)
+                self._current()  # what is held now is what is ready
+            self._ready_for = dtype
 
     def _set_stack(self, weight: StackedWeight, interleaved: bool) -> None:
-        self.weight_packed, self.weight_scale = weight.data, weight.scale
-        self.weight_zero_point, self.layout = weight.zero_point, weight.layout
-        self.interleaved = interleaved
-        self._held, self._ready_for = None, None
+        with guard:
+            self.weight_packed, self.weight_scale = weight.data, weight.scale
+            self.weight_zero_point, self.layout = weight.zero_point, weight.layout
+            self.interleaved = interleaved
+            self._held, self._ready_for = None, None
 
     def _set_empty(self) -> None:
         super()._set_empty()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -14,6 +15,9 @@ from tersor.checkpoint.names import OUTLIERS, PACKED, SCALE, ZERO_POINT, TensorF
 from tersor.errors import FormatError, UnsupportedError
 from tersor.formats import Activations, Scheme
 from tersor.layouts import STREAM, PackedWeight
+
+guard = threading.RLock()
+"""Held while a module's tensors become others: a thread that runs it meanwhile has the old ones, or the new ones."""
 
 _ARRANGED = "weight_arranged"
 _Self = TypeVar("_Self", bound="PackedModule")
@@ -145,8 +149,9 @@ class PackedModule(nn.Module):
             or held.arranged is not buffers[_ARRANGED]
             or held.layout is not self.layout
         ):
-            held = self._view()
-            self._held, self._ready_for = held, None
+            with guard:
+                held = self._view()
+                self._held, self._ready_for = held, None
         return held
 
     def _view(self) -> PackedWeight:
@@ -195,12 +200,13 @@ class PackedModule(nn.Module):
         """Get ready for activations of `dtype` on the module's device: nothing to do for a weight in the stream."""
 
     def _set_weight(self, weight: PackedWeight) -> None:
-        self.weight_packed = weight.data
-        self.weight_scale = weight.scale
-        self.weight_zero_point = weight.zero_point
-        self.weight_outliers, self.weight_arranged = weight.outliers, weight.arranged
-        self.layout = weight.layout
-        self._ready_for = None
+        with guard:
+            self.weight_packed = weight.data
+            self.weight_scale = weight.scale
+            self.weight_zero_point = weight.zero_point
+            self.weight_outliers, self.weight_arranged = weight.outliers, weight.arranged
+            self.layout = weight.layout
+            self._ready_for = None
 
     def _apply(self: _Self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> _Self:
         before = {name: self._buffers[name] for name in (PACKED, SCALE, ZERO_POINT, OUTLIERS, _ARRANGED)}
@@ -291,17 +297,18 @@ class MultipliedModule(PackedModule):
         Does nothing when it is there already, on the meta device, and while a CUDA graph is captured (every layout
         gives the right result; this one is fastest).
         """
-        weight = self.packed_weight()
-        device = weight.data.device
-        if self._ready_for == dtype or device.type == "meta":
-            return
-        layout = ops.preferred_layout(self.scheme, dtype, device, self.activations)
-        if layout != weight.layout:
-            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        with guard:
+            weight = self.packed_weight()
+            device = weight.data.device
+            if self._ready_for == dtype or device.type == "meta":
                 return
-            self._set_weight(weight.to_layout(layout))
-            self.packed_weight()  # what is held now is what is ready
-        self._ready_for = dtype
+            layout = ops.preferred_layout(self.scheme, dtype, device, self.activations)
+            if layout != weight.layout:
+                if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                    return
+                self._set_weight(weight.to_layout(layout))
+                self.packed_weight()  # what is held now is what is ready
+            self._ready_for = dtype
 
 
 def bits_per_weight(model: nn.Module) -> float | None:

@@ -14,7 +14,7 @@ from tersor.formats import Activations, Pruned, Sparse
 from tersor.layouts import SparseWeight, TiledSparseWeight
 from tersor.layouts.sparse_tiles import SparseTiles
 from tersor.nn.linear import cast_bias, empty_bias
-from tersor.nn.packed import Counted, dtype_after, refuse_weight, uncast
+from tersor.nn.packed import Counted, dtype_after, guard, refuse_weight, uncast
 
 _Self = TypeVar("_Self", bound="SparseLinear")
 _BUFFERS = (MASK, VALUES, SCALE, ZERO_POINT)
@@ -125,6 +125,12 @@ class SparseLinear(Counted):
         Raises:
             ShapeError: the mask leaves another number of weights than there are values.
         """
+        if torch.compiler.is_compiling():
+            return self._found()
+        with guard:
+            return self._found()
+
+    def _found(self) -> SparseWeight | TiledSparseWeight:
         if self._tiled is not None:
             return self._in_tiles(self._tiled)
         held, own = self._held, [self._buffers[name] for name in _BUFFERS]
@@ -162,18 +168,19 @@ class SparseLinear(Counted):
         return found
 
     def _set_weight(self, weight: SparseWeight | TiledSparseWeight) -> None:
-        self._held, self._ready_for = None, None
-        if isinstance(weight, TiledSparseWeight):
-            tiles = weight.tiles
-            self.weight_mask, self.weight_values = tiles.mask, tiles.layers
-            self.weight_scale, self.weight_zero_point = weight.stored_scale, None
-            self.weight_starts, self.weight_marks, self.weight_row_scale = tiles.starts, tiles.marks, weight.scale
-            self._tiled = _described(weight)
-            return
-        self.weight_mask, self.weight_values = weight.mask, weight.values
-        self.weight_scale, self.weight_zero_point = weight.scale, weight.zero_point
-        self.weight_starts = self.weight_marks = self.weight_row_scale = None
-        self._tiled = None
+        with guard:
+            self._held, self._ready_for = None, None
+            if isinstance(weight, TiledSparseWeight):
+                tiles = weight.tiles
+                self.weight_mask, self.weight_values = tiles.mask, tiles.layers
+                self.weight_scale, self.weight_zero_point = weight.stored_scale, None
+                self.weight_starts, self.weight_marks, self.weight_row_scale = tiles.starts, tiles.marks, weight.scale
+                self._tiled = _described(weight)
+                return
+            self.weight_mask, self.weight_values = weight.mask, weight.values
+            self.weight_scale, self.weight_zero_point = weight.scale, weight.zero_point
+            self.weight_starts = self.weight_marks = self.weight_row_scale = None
+            self._tiled = None
 
     @property
     def weight(self) -> torch.Tensor:
@@ -211,16 +218,17 @@ class SparseLinear(Counted):
         device = self.weight_mask.device
         if device.type == "meta":
             return
-        weight = self.packed_weight()
-        if self._ready_for is dtype:
-            return
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            return
-        found = ops.preferred_sparse(weight, dtype, self.activations)
-        if found is not weight:
-            self._set_weight(found)
-            self.packed_weight()
-        self._ready_for = dtype
+        with guard:
+            weight = self.packed_weight()
+            if self._ready_for is dtype:
+                return
+            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                return
+            found = ops.preferred_sparse(weight, dtype, self.activations)
+            if found is not weight:
+                self._set_weight(found)
+                self.packed_weight()
+            self._ready_for = dtype
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Multiply.

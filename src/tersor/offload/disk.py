@@ -160,10 +160,14 @@ class DiskStore:
         """Be ready to fill slots, uint8 on the device, as large as the largest image each; nothing is added then."""
         self._slots = slots
         self._link.fills(slots)
-        self._feeds.append(_Feed(self._file, self._ring, self._link, self._threads))
+        self._feeds.append(_Feed(self._file, self._memory, self._ring, self._link, self._threads))
 
     def bandwidth(self) -> float:
-        """Return the bytes per second of plain reads of the whole file, by as many threads, which go nowhere."""
+        """Return the bytes per second of plain reads of the whole file, by as many threads, which go nowhere.
+
+        Raises:
+            TersorError: the disk does not give it.
+        """
         buffers = pinned.allocate(self._chunk * self._threads, torch.device("cpu"))
         free: queue.SimpleQueue[torch.Tensor] = queue.SimpleQueue()
         for part in buffers.split(self._chunk):
@@ -171,12 +175,17 @@ class DiskStore:
 
         def read(start: int) -> None:
             buffer = free.get()
-            _read(self._file, buffer[: self._end - start], start)
-            free.put(buffer)
+            try:
+                _read(self._file, buffer[: self._end - start], start)
+            finally:
+                free.put(buffer)  # others wait for it
 
         started = time.perf_counter()
-        with ThreadPoolExecutor(self._threads, thread_name_prefix="offload-time") as pool:
-            list(pool.map(read, range(0, self._end, self._chunk)))
+        try:
+            with ThreadPoolExecutor(self._threads, thread_name_prefix="offload-time") as pool:
+                list(pool.map(read, range(0, self._end, self._chunk)))
+        except OSError as error:
+            raise self._failed(error) from None
         return self._end / (time.perf_counter() - started)
 
     def load(self, image: int, slot: int) -> Ticket:
@@ -223,8 +232,10 @@ class _Feed:
         error: why a thread ended before it was to.
     """
 
-    def __init__(self, file: int, ring: Sequence[torch.Tensor], link: Link, threads: int) -> None:
+    def __init__(self, file: int, memory: torch.Tensor, ring: Sequence[torch.Tensor], link: Link, threads: int) -> None:
         assert len(ring) > _ON_THEIR_WAY
+        self._memory = memory  # of the ring, pinned as long as it is held
+        self._own: set[int] = set()  # threads, by their numbers
         self.tickets: queue.SimpleQueue[Ticket | None] = queue.SimpleQueue()
         self.error: BaseException | None = None
         self._file, self._link, self._count = file, link, threads
@@ -242,17 +253,25 @@ class _Feed:
         """Whether the thread is there that tickets wait for."""
         return self._sending.is_alive()
 
+    def runs_here(self) -> bool:
+        """Whether this thread is one of those that read or send."""
+        return threading.get_ident() in self._own
+
     def stop(self) -> None:
-        """End the threads, behind what was asked for."""
+        """End the threads, behind what was asked for; none of them may ask, since each waits for the others."""
         self.tickets.put(None)
-        for thread in (self._ahead, self._sending):
-            if thread is not threading.current_thread():  # which the collector may have chosen
-                thread.join()
+        self._ahead.join()
+        self._sending.join()
+
+    def _enter(self) -> None:
+        """Note that this thread is one of them."""
+        self._own.add(threading.get_ident())
 
     def _thread(self, name: str, work: Callable[[], None], taken: queue.SimpleQueue[Any]) -> threading.Thread:
         """Return a thread that keeps why its work failed, and ends the other one, which takes from a queue."""
 
         def run() -> None:
+            self._enter()
             try:
                 work()
             except BaseException as error:
@@ -263,7 +282,7 @@ class _Feed:
         return threading.Thread(target=run, name=name, daemon=True)
 
     def _read_ahead(self) -> None:
-        with ThreadPoolExecutor(self._count, thread_name_prefix="offload-read") as pool:
+        with ThreadPoolExecutor(self._count, thread_name_prefix="offload-read", initializer=self._enter) as pool:
             while (ticket := self.tickets.get()) is not None:
                 for start in range(0, ticket.nbytes, self._chunk):
                     whole = self._free.get()
@@ -303,6 +322,10 @@ def _whole(buffer: torch.Tensor, chunk: int) -> torch.Tensor:
 
 
 def _close(file: int, feeds: Sequence[_Feed]) -> None:
+    """End who reads a file, and close it; where the collector has come to one of their threads, another one does."""
+    if any(feed.runs_here() for feed in feeds):
+        threading.Thread(target=_close, args=(file, feeds), name="offload-close", daemon=True).start()
+        return
     for feed in feeds:
         feed.stop()
     os.close(file)

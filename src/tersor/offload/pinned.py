@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import weakref
 from functools import partial
@@ -40,6 +41,8 @@ def allocate(nbytes: int, device: torch.device) -> torch.Tensor:
         runtime, address = torch.cuda.cudart(), memory.data_ptr()
         code = int(runtime.cudaHostRegister(address, nbytes, 0))
         if code:
+            with contextlib.suppress(RuntimeError):  # the runtime keeps the error for whoever launches next
+                torch.zeros(1, device=device)
             raise too_little(nbytes, available(), f"cudaHostRegister: error {code}")
         let_go = partial(_unregister, address, pages, device)
         weakref.finalize(memory, outside, let_go).atexit = False  # the collector may choose a moment of a capture

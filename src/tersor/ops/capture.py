@@ -12,7 +12,7 @@ import contextlib
 import functools
 import gc
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -63,7 +63,24 @@ def outside(work: Callable[[], None]) -> None:
 
 
 @contextlib.contextmanager
-def capturing(graph: torch.cuda.CUDAGraph, device: torch.device, **options: Any) -> Iterator[None]:
+def beside(side: torch.cuda.Stream) -> Iterator[None]:
+    """Launch in the context on another stream, between what was launched before it and what is launched behind it.
+
+    So it is where the context fails, too: memory that is let go of then may still be read there.
+    """
+    own = torch.cuda.current_stream(side.device)
+    side.wait_stream(own)
+    try:
+        with torch.cuda.stream(side):
+            yield
+    finally:
+        own.wait_stream(side)
+
+
+@contextlib.contextmanager
+def capturing(
+    graph: torch.cuda.CUDAGraph, device: torch.device, *, generators: Sequence[torch.Generator] = (), **options: Any
+) -> Iterator[None]:
     """Capture what runs in the context into a graph; the device is the current one there.
 
     What other threads call meanwhile does not matter (`thread_local`, as torch has it): that of NCCL asks for events,
@@ -76,6 +93,7 @@ def capturing(graph: torch.cuda.CUDAGraph, device: torch.device, **options: Any)
     Args:
         graph: which is captured.
         device: a GPU; without a number the current one.
+        generators: that draw in the context, beside torch's own.
         options: of `torch.cuda.graph`.
 
     Raises:
@@ -83,13 +101,18 @@ def capturing(graph: torch.cuda.CUDAGraph, device: torch.device, **options: Any)
     """
     with _turns.taken(), torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream()):
         stream = _stream(torch.cuda.current_device())
+        for one in generators:
+            graph.register_generator_state(one)
         try:
             with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local", **options):
                 yield
         except RuntimeError:
-            again = torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream, capture_error_mode="relaxed")
-            with contextlib.suppress(RuntimeError), again:
-                torch.zeros(1, device="cuda")
+            with contextlib.suppress(RuntimeError):
+                other = torch.cuda.CUDAGraph()
+                for one in generators:
+                    other.register_generator_state(one)
+                with torch.cuda.graph(other, stream=stream, capture_error_mode="relaxed"):
+                    torch.zeros(1, device="cuda")
             raise
 
 

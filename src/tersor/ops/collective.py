@@ -191,3 +191,16 @@ class Ranks:
 
 ALONE = Ranks()
 """One rank, which has the whole model."""
+
+
+def disconnect(device: torch.device) -> None:
+    """Let go of torch.distributed where ranks did not connect: whoever tries again begins anew.
+
+    Args:
+        device: of this rank.
+    """
+    if torch.distributed.is_initialized():
+        world = torch.distributed.group.WORLD
+        if device.type == "cuda" and world is not None:
+            world.abort()  # else a rank that is gone is waited for
+        torch.distributed.destroy_process_group()

@@ -119,7 +119,11 @@ class Api:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(tell, error)
 
-        threading.Thread(target=work, name="tersor-grammar", daemon=True).start()
+        try:
+            threading.Thread(target=work, name="tersor-grammar", daemon=True).start()
+        except BaseException:
+            self._compilers.release()
+            raise
         await ended
 
     def head(self, kind: str, prefix: str) -> dict[str, Any]:

@@ -72,14 +72,14 @@ def find(text: str) -> Tasks:
     Raises:
         InputError: a name, file or folder without a task.
     """
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     words = [word.strip() for word in text.split(",") if word.strip()]
     if not words:
         raise InputError("--tasks names no task: give a name such as hellaswag, a YAML file or a folder of them")
     local = {word: _local(word) for word in words if _is_path(word)}
     folders = list(dict.fromkeys(str(folder) for folder, _ in local.values()))
     try:
-        manager = TaskManager(include_path=folders or None, include_defaults=len(local) < len(words))
+        with _quiet():
+            manager = TaskManager(include_path=folders or None, include_defaults=len(local) < len(words))
     except Exception as error:  # a broken file of a task raises whatever it raises
         raise InputError(f"--tasks {text}: lm-eval cannot read them: {one_line(error)}") from error
     names: list[str] = []
@@ -114,7 +114,7 @@ def run(
             failed.
     """
     try:
-        with _without_commit():
+        with _without_commit(), _quiet():
             found: Any = evaluator.simple_evaluate(
                 EngineLM(llm, progress),
                 tasks=list(tasks.names),
@@ -145,6 +145,18 @@ def run(
                 )
             )
     return scores
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Have lm-eval say errors alone, and leave its logger as it was."""
+    logger = logging.getLogger("lm_eval")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from tersor.checkpoint.modules import Architecture, Embedding, Linear
 from tersor.errors import CheckpointError, UnsupportedError
 from tersor.integrations.transformers import foreign
 from tersor.integrations.transformers.experts_form import experts_form, is_experts
+from tersor.integrations.transformers.process import Changed
 
 _SAME_AS_LINEAR = ("FalconLinear",)
 """Subclasses of `nn.Linear` in transformers with a forward of their own that computes the same."""
@@ -260,14 +261,21 @@ def _reason(error: Exception) -> str:
     return f"transformers cannot build this model: {text}"
 
 
-@contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Keep transformers' advice about the config off the terminal while it is only asked for shapes."""
-    from transformers.utils import logging
+def _verbosity() -> int:
+    from transformers.utils import logging as said
 
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
+    return said.get_verbosity()
+
+
+def _say(level: int) -> None:
+    from transformers.utils import logging as said
+
+    said.set_verbosity(level)
+
+
+_saying = Changed(_verbosity, _say)
+
+
+def _quiet_transformers() -> contextlib.AbstractContextManager[None]:
+    """Keep transformers' advice about the config off the terminal while it is only asked for shapes."""
+    return _saying.to(logging.ERROR)

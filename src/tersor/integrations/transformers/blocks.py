@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from tersor.errors import CheckpointError, InputError
 from tersor.integrations.transformers import foreign
 from tersor.integrations.transformers.architecture import model_class, untie
+from tersor.integrations.transformers.process import Changed
 
 
 @dataclass(frozen=True, slots=True)
@@ -326,15 +327,21 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
             yield from _tensors(item)
 
 
-@contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    """Keep transformers' progress bar off the terminal while weights are loaded."""
+def _shown() -> bool:
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
+    return logging.is_progress_bar_enabled()
+
+
+def _show(shown: bool) -> None:
+    from transformers.utils import logging
+
+    logging.enable_progress_bar() if shown else logging.disable_progress_bar()
+
+
+_showing = Changed(_shown, _show)
+
+
+def _silent() -> contextlib.AbstractContextManager[None]:
+    """Keep transformers' progress bar off the terminal while weights are loaded."""
+    return _showing.to(False)

@@ -22,7 +22,7 @@ from tersor.engine.sampling import Sampling
 from tersor.errors import TersorError, UnsupportedError
 from tersor.integrations.transformers.sampler import Sampler, usable
 from tersor.integrations.transformers.step_experts import StepExperts
-from tersor.ops.capture import capturing
+from tersor.ops.capture import beside, capturing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -191,16 +191,12 @@ class Decoder:
         random_state = None if generator is None else generator.get_state()
         graph = torch.cuda.CUDAGraph()
         try:
-            side = torch.cuda.Stream(self.device)
-            side.wait_stream(torch.cuda.current_stream(self.device))
-            with torch.cuda.stream(side):
+            with beside(torch.cuda.Stream(self.device)):
                 for _ in range(WARM_UP):
                     self._forward()
                     _restore(state, before)
-            torch.cuda.current_stream(self.device).wait_stream(side)
-            if generator is not None:
-                graph.register_generator_state(generator)
-            with capturing(graph, self.device), FilledScalars():
+            generators = () if generator is None else (generator,)
+            with capturing(graph, self.device, generators=generators), FilledScalars():
                 self._forward()
             self.graph = graph
         except torch.OutOfMemoryError:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
+
+from tersor.integrations.transformers.process import Changed
 
 REFUSAL = (
     "needs Python code of its own (auto_map), which is not run: read it, and add --trust-remote-code "
@@ -16,20 +18,27 @@ AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoMode
 """The tasks that a model is built for, where its config names no class: the first that it has one for."""
 
 
-@contextlib.contextmanager
-def unasked() -> Iterator[None]:
+def _timeout() -> int:
+    from transformers import dynamic_module_utils
+
+    return dynamic_module_utils.TIME_OUT_REMOTE_CODE
+
+
+def _wait(seconds: int) -> None:
+    from transformers import dynamic_module_utils
+
+    dynamic_module_utils.TIME_OUT_REMOTE_CODE = seconds
+
+
+_answering = Changed(_timeout, _wait)
+
+
+def unasked() -> contextlib.AbstractContextManager[None]:
     """Keep transformers from asking on the terminal whether code is to be run, also where it builds a part of a model.
 
     `trust_remote_code=False` does not reach the parts: what they are not told, they ask for, and read standard input.
     """
-    from transformers import dynamic_module_utils
-
-    before = dynamic_module_utils.TIME_OUT_REMOTE_CODE
-    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # transformers' own way to raise at once
-    try:
-        yield
-    finally:
-        dynamic_module_utils.TIME_OUT_REMOTE_CODE = before
+    return _answering.to(0)  # transformers' own way to raise at once
 
 
 def is_refusal(error: BaseException) -> bool:

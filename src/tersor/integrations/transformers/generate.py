@@ -50,6 +50,7 @@ class Generator:
         self._cuda_graph = cuda_graph
         self._decoder: Decoder | None = None
         self._key: tuple[Sampling, int] | None = None
+        self._newest: list[Continuation] = []  # whose prompt the decoder has read
 
     def stream(self, prompt: str | Sequence[int], options: Sampling | None = None) -> TextStream:
         """Continue `prompt`, a text or token ids.
@@ -58,7 +59,8 @@ class Generator:
             InputError: an empty prompt where the tokenizer has no beginning-of-sequence token, a prompt that
                 leaves no room in the model's context, or a token the model does not have.
             UnsupportedError: a CUDA graph was insisted on and is not possible.
-            TersorError: while streaming, logits that are not finite, or too little GPU memory.
+            TersorError: while streaming, logits that are not finite, too little GPU memory, or another stream that has
+                begun since.
         """
         ids, chosen, room = self._begin(prompt, options)
         stream = TextStream(len(ids))
@@ -149,6 +151,7 @@ class Generator:
         """Draw up to `room` tokens for every row. On a GPU a step is under way while the host works on tokens."""
         started = time.perf_counter()
         several = f", {len(rows)} times" if len(rows) > 1 else ""
+        self._newest = rows
         try:
             decoder = self._decoder_for(options, len(ids) + room, len(rows))
             decoder.prefill(ids, options.seed)
@@ -162,6 +165,8 @@ class Generator:
         numbers.prefill_seconds = decoding - started
         launched = 1
         for drawn in range(1, room + 1):
+            if self._newest is not rows:
+                raise TersorError("another stream of this generator has begun: read one to its end, or make two")
             while len(under_way) <= ahead and launched < room:
                 decoder.step()
                 under_way.append(decoder.publish())
