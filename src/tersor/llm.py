@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -48,6 +49,8 @@ _STREAM = "stream"
 
 Prompt: TypeAlias = "str | Sequence[int]"
 """A text, or its tokens."""
+
+_PROMPTS = "give a text, a list of tokens, or a list of either"
 
 
 class LLM:
@@ -291,10 +294,18 @@ class LLM:
         """Return text, or `None`, and tokens of each prompt.
 
         Raises:
-            InputError: a token that the model does not have.
+            InputError: what is neither text nor tokens, or a token that the model does not have.
         """
-        alone = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
+        if not isinstance(prompts, str | Sequence | np.ndarray):
+            raise InputError(f"prompts are a {type(prompts).__name__}: {_PROMPTS}")
+        alone = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], Integral))
         many: Sequence[Any] = [prompts] if alone else prompts
+        for index, one in enumerate(many):
+            if not isinstance(one, str | Sequence | np.ndarray):
+                raise InputError(f"prompt {index} is a {type(one).__name__}: {_PROMPTS}")
+            wrong = [] if isinstance(one, str) else [token for token in one if not isinstance(token, Integral)]
+            if wrong:
+                raise InputError(f"prompt {index} holds {wrong[0]!r}, which is no token: {_PROMPTS}")
         texts = [prompt for prompt in many if isinstance(prompt, str)]
         encoded = iter(self.tokenizer(texts)["input_ids"] if texts else ())
         listed = []
@@ -345,6 +356,9 @@ def generation_config(directory: Path) -> dict[str, Any]:
 def _one_each(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * count
+    for one in [params] if isinstance(params, Mapping) or not isinstance(params, Iterable) else params:
+        if not isinstance(one, SamplingParams):
+            raise InputError(f"params are {one!r}: give tersor.SamplingParams(...), one for all prompts or one each")
     if len(params) != count:
         raise InputError(f"there are {len(params)} params for {count} prompts")
     return list(params)
