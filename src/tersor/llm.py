@@ -12,10 +12,11 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -49,6 +50,8 @@ _STREAM = "stream"
 
 Prompt: TypeAlias = "str | Sequence[int]"
 """A text, or its tokens."""
+
+_PROMPTS = "give a text, a list of tokens, or a list of either"
 
 
 class LLM:
@@ -310,10 +313,19 @@ class LLM:
         """Return text, or `None`, and tokens of each prompt.
 
         Raises:
-            InputError: a token that the model does not have.
+            InputError: what is neither text nor tokens, or a token that the model does not have.
         """
-        alone = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
+        if not isinstance(prompts, str | Sequence | np.ndarray):
+            raise InputError(f"prompts are a {type(prompts).__name__}: {_PROMPTS}")
+        alone = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], Integral))
         many: Sequence[Any] = [prompts] if alone else prompts
+        for index, one in enumerate(many):
+            if not isinstance(one, str | Sequence | np.ndarray):
+                raise InputError(f"prompt {index} is a {type(one).__name__}: {_PROMPTS}")
+            for kind in () if isinstance(one, str) else _kinds(one):
+                if not issubclass(kind, Integral):
+                    wrong = next(token for token in one if isinstance(token, kind))
+                    raise InputError(f"prompt {index} holds {wrong!r}, which is no token: {_PROMPTS}")
         texts = [prompt for prompt in many if isinstance(prompt, str)]
         encoded = iter(self.tokenizer(texts)["input_ids"] if texts else ())
         listed = []
@@ -361,9 +373,17 @@ def generation_config(directory: Path) -> dict[str, Any]:
     return found
 
 
+def _kinds(tokens: Sequence[Any] | np.ndarray) -> set[type]:
+    """Return the types of a prompt's tokens, each once."""
+    return {tokens.dtype.type} if isinstance(tokens, np.ndarray) else set(map(type, tokens))
+
+
 def _one_each(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * count
+    for one in [params] if isinstance(params, Mapping) or not isinstance(params, Iterable) else params:
+        if not isinstance(one, SamplingParams):
+            raise InputError(f"params are {one!r}: give tersor.SamplingParams(...), one for all prompts or one each")
     if len(params) != count:
         raise InputError(f"there are {len(params)} params for {count} prompts")
     return list(params)

@@ -239,3 +239,38 @@ def test_an_engine_that_ends_early_or_answers_twice_loses_and_doubles_nothing(tm
     assert len(read(tmp_path / "out.jsonl")) == 7
     assert go(tmp_path, resume=True).progress.done == 20
     assert len(read(tmp_path / "out.jsonl")) == 20
+
+
+def test_a_job_whose_engine_cannot_be_made_leaves_nothing_and_begins_again_in_another_way(tmp_path: Path) -> None:
+    write(tmp_path / "in.jsonl", MIXED[:5])
+    (tmp_path / "in.jsonl").open("a").write("{no request\n")
+
+    class Unmade(Echo):
+        def run(self, items: Sequence[Item], stopping: Callable[[], bool]) -> Iterator[Answer]:
+            raise InputError("max_length is 9: too much")
+
+    for _ in range(2):
+        with pytest.raises(InputError, match="max_length is 9"):
+            go(tmp_path, Unmade())
+        assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+    assert go(tmp_path).progress.done == 5
+
+
+def test_a_job_that_was_taken_up_keeps_its_answers_where_its_engine_cannot_be_made(tmp_path: Path) -> None:
+    write(tmp_path / "in.jsonl", MIXED[:8])
+
+    class Ends(Echo):
+        def run(self, items: Sequence[Item], stopping: Callable[[], bool]) -> Iterator[Answer]:
+            yield self.answer(items[0])
+            raise TersorError("gone")
+
+    class Unmade(Echo):
+        def run(self, items: Sequence[Item], stopping: Callable[[], bool]) -> Iterator[Answer]:
+            raise TersorError("not made")
+
+    with pytest.raises(TersorError, match="gone"):
+        go(tmp_path, Ends())
+    with pytest.raises(TersorError, match="not made"):
+        go(tmp_path, Unmade(), resume=True)
+    assert len(read(tmp_path / "out.jsonl")) == 1
+    assert go(tmp_path, resume=True).progress.done == 8

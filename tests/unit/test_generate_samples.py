@@ -140,3 +140,14 @@ def test_the_verb_numbers_texts_and_lists_them_in_json(capsys: pytest.CaptureFix
     ]
     assert (result["samples"], result["new_tokens"], result["finish_reason"]) == (2, 12, "length")
     assert result["tokens_per_second"] == pytest.approx(10 / result["decode_seconds"])
+
+
+@pytest.mark.parametrize("more", [["--samples", "2"], ["--seed", "3"]])
+def test_greedy_samples_or_a_seed_of_them_are_a_line_that_names_the_temperature(
+    more: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["generate", str(tiny_lm.TINY), "--prompt", PROMPT, "-n", "2", "--device", "cpu", *more]
+    assert run(words) == 0
+    assert "samples are alike and a seed changes nothing: add --temperature 1\n" in capsys.readouterr().err
+    assert run([*words, "--temperature", "1"]) == 0
+    assert "--temperature" not in capsys.readouterr().err

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import tiny_lm
@@ -271,6 +272,13 @@ def test_a_grammar_needs_a_package(llm: LLM, monkeypatch: pytest.MonkeyPatch) ->
         ([[]], None, "the prompt has no tokens"),
         ([[1] * 3000], None, "the prompt has 3000 tokens, and the context is 2048"),
         (["a", "b"], [SamplingParams()], "there are 1 params for 2 prompts"),
+        (["a"], {"max_tokens": 4}, r"params are \{'max_tokens': 4\}: give tersor.SamplingParams"),
+        (["a"], [4], "params are 4: give tersor.SamplingParams"),
+        ([None], None, "prompt 1 is a NoneType: give a text, a list of tokens"),
+        ([{"prompt_token_ids": [1]}], None, "prompt 1 is a dict: give a text, a list of tokens"),
+        ([[1.5]], None, "prompt 1 holds 1.5, which is no token"),
+        ([["a"]], None, "prompt 1 holds 'a', which is no token"),
+        (None, SamplingParams(), "prompts are a NoneType: give a text, a list of tokens"),
     ],
 )
 def test_prompts_that_cannot_be_are_refused_and_nothing_runs(
@@ -280,6 +288,34 @@ def test_prompts_that_cannot_be_are_refused_and_nothing_runs(
         llm.generate(["fine", *prompts] if params is None else prompts, params)  # type: ignore[arg-type, list-item]
     assert not llm.core.unfinished and llm.core.stats().pages_used == 0
     assert texts(llm.generate([1, 2], SamplingParams(max_tokens=2, temperature=0, ignore_eos=True)))
+
+
+def test_tokens_may_be_numbers_of_numpy(llm: LLM) -> None:
+    asked = SamplingParams(max_tokens=np.int64(2), temperature=np.float32(0), ignore_eos=True)
+    assert texts(llm.generate(np.array([1, 2]), asked)) == texts(llm.generate([1, 2], asked))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_tokens": "5"}, "max_tokens is '5': it must be a whole number, at least 1"),
+        ({"max_tokens": 5.0}, "max_tokens is 5.0: it must be a whole number, at least 1"),
+        ({"n": True}, "n is True: it must be a whole number"),
+        ({"temperature": "hot"}, "temperature is 'hot': it must be a number, at least 0"),
+        ({"seed": "x"}, "seed is 'x': it must be a whole number"),
+        ({"logit_bias": [(1, 2)]}, "logit_bias is .*: it must be a mapping of tokens to numbers"),
+        ({"stop": 5}, "stop holds 5: it must be a text"),
+        ({"stop_token_ids": "end"}, "stop_token_ids holds 'end': it must be tokens"),
+    ],
+)
+def test_sampling_params_of_another_kind_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        SamplingParams(**options)
+
+
+def test_a_length_beyond_the_context_is_refused() -> None:
+    with pytest.raises(InputError, match="max_length is 100000: the model's context is 2048"):
+        LLM(tiny_lm.TINY, device="cpu", max_length=100_000)
 
 
 def test_an_option_that_there_is_not_is_refused() -> None:

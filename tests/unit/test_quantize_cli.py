@@ -146,13 +146,13 @@ def test_a_person_sees_progress_on_stderr(
 
 
 @pytest.mark.parametrize(
-    ("text", "size"), [("5GB", 5 * 10**9), ("500M", 5 * 10**8), ("1.5kB", 1500), (" 7 ", 7), ("2 TB", 2 * 10**12)]
+    ("text", "size"), [("5GB", 5 * 10**9), ("500M", 5 * 10**8), ("1.5kB", 1500), (" 7 B", 7), ("2 TB", 2 * 10**12)]
 )
 def test_sizes(text: str, size: int) -> None:
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "5GiB", "-1", "0", "x", "0.4"])
+@pytest.mark.parametrize("text", ["", "5GiB", "-1", "0B", "x", "0.4B", "5", "B"])
 def test_sizes_that_are_none(text: str) -> None:
     with pytest.raises(InputError, match="is not a number of bytes"):
         parse_size(text)

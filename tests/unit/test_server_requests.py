@@ -293,8 +293,11 @@ def test_bodies_must_be_json_and_not_too_large(server: Served) -> None:
 
 
 def test_paths_and_methods_that_there_are_not_have_the_shape_of_errors(server: Served) -> None:
-    for response, status in ((server.http.get("/v1/nothing"), 404), (server.http.get("/v1/completions"), 405)):
-        assert response.status_code == status and response.json()["error"]["message"]
+    missing, wrong = server.http.post("/v1/responses"), server.http.get("/v1/completions")
+    assert (missing.status_code, wrong.status_code) == (404, 405)
+    told = missing.json()["error"]["message"]
+    assert told.startswith("there is no /v1/responses: here are ") and "/v1/chat/completions, /v1/completions" in told
+    assert wrong.json()["error"]["message"] == "/v1/completions does not take GET: use POST"
 
 
 def test_the_openai_client_sees_its_own_errors(server: Served) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -149,6 +150,7 @@ def make_conversion(
     config = QuantizationConfig(
         scheme, tuple(overrides), (*ignore, *_skipped_patterns(architecture, layers, skipped)), provenance
     )
+    shared = math.gcd(*(layer.shape[-1] for layer in layers if layer.module not in skipped and not layer.embedding))
     steps = []
     for tensor, layer in pairs:
         chosen = config.resolve(*layer.names) if layer is not None else None
@@ -163,7 +165,7 @@ def make_conversion(
         form: Form | None
         if isinstance(chosen, Sparse):
             if chosen.scheme is not None:
-                _check_weight(tensor, layer, chosen.scheme)
+                _check_weight(tensor, layer, chosen.scheme, shared)
             form = left_of(tensor, layer, chosen, find_pruned)
             if form is None:
                 note = NEVER_SPARSE if never_sparse(layer) else NOT_PRUNED
@@ -174,7 +176,7 @@ def make_conversion(
                 check_keeps(layer, chosen, export.name)
             form = _assigned(layer, chosen, assignments or {}) if isinstance(chosen, Mix) else chosen
             for level in form.mix.levels if isinstance(form, Assignment) else (form,):
-                _check_weight(tensor, layer, level)
+                _check_weight(tensor, layer, level, shared)
         export.check_layer(layer)
         stored = _stored(export, layer, form)
         _check_names(stored.specs, source, tensor)
@@ -354,7 +356,8 @@ def _check_experts(steps: Iterable[Step]) -> None:
                 raise InputError(f"{layer.module}: gate and up of a channel of experts have one level")
 
 
-def _check_weight(tensor: StoredTensor, layer: LinearLayer, scheme: Scheme) -> None:
+def _check_weight(tensor: StoredTensor, layer: LinearLayer, scheme: Scheme, shared: int) -> None:
+    """Hold that a weight can be compressed; `shared` divides the input channels of every layer."""
     spec = tensor.spec
     if spec.dtype not in WEIGHT_DTYPES:
         raise CheckpointError(
@@ -365,9 +368,9 @@ def _check_weight(tensor: StoredTensor, layer: LinearLayer, scheme: Scheme) -> N
         raise CheckpointError(f"{tensor.file.path}: tensor {spec.name!r} of shape {list(spec.shape)} is empty")
     size, ic = scheme.group_size, layer.shape[-1]
     if size is not None and ic % size:
-        fitting = [divisor for divisor in range(_GROUP_MULTIPLE, ic + 1, _GROUP_MULTIPLE) if ic % divisor == 0]
+        fitting = [divisor for divisor in range(_GROUP_MULTIPLE, shared + 1, _GROUP_MULTIPLE) if shared % divisor == 0]
         nearest = sorted(sorted(fitting, key=lambda divisor: abs(divisor - size))[:3])
-        hint = f" (group sizes that do: {', '.join(map(str, nearest))})" if nearest else ""
+        hint = f" (group sizes that do, for every layer: {', '.join(map(str, nearest))})" if nearest else ""
         raise FormatError(
             f"group size {size} does not divide the {ic} input channels of {spec.name!r}{hint}; give that layer an "
             "override or ignore it"

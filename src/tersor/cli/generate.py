@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from tersor.engine.continuation import Statistics
 
 GRAPHS = {"auto": None, "on": True, "off": False}
+_ALIKE = "the most probable token is always taken, so samples are alike and a seed changes nothing: add --temperature 1"
 
 
 def command(
@@ -23,8 +24,18 @@ def command(
     prompt: Annotated[str, typer.Option(help="The prompt; - reads standard input.")],
     revision: options.Revision = None,
     chat: Annotated[bool, typer.Option("--chat", help="Apply the model's chat template.")] = False,
-    max_new_tokens: Annotated[int | None, typer.Option("--max-new-tokens", "-n", help="Most tokens to draw.")] = None,
-    temperature: Annotated[float | None, typer.Option(help="Above 0 samples; 0 is greedy.")] = None,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--max-new-tokens", "-n", help="Most tokens to draw; else what the model's generation config says, or 256."
+        ),
+    ] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option(
+            help="Above 0 samples; 0 is greedy, as is a model whose generation config does not say do_sample."
+        ),
+    ] = None,
     top_k: Annotated[int | None, typer.Option(help="Sample among the k most probable tokens.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Sample among tokens that reach this probability.")] = None,
     min_p: Annotated[float | None, typer.Option(help="Drop tokens below this fraction of the best.")] = None,
@@ -55,7 +66,7 @@ def command(
     from tersor.formats import Activations
     from tersor.hardware import resolve_device
     from tersor.integrations.transformers import load
-    from tersor.llm import chat_tokens
+    from tersor.llm import chat_tokens, generation_config
 
     if cuda_graph not in GRAPHS:
         near = did_you_mean(cuda_graph, GRAPHS)
@@ -87,6 +98,8 @@ def command(
     console.choose_threads(found.weight_bytes, torch_device)
     load.quiet()
     tokenizer = load.load_tokenizer(found.directory, trust_remote_code=trust_remote_code)
+    if (samples > 1 or seed is not None) and not sampling.resolved(generation_config(found.directory)).temperature:
+        print(f"tersor: {_ALIKE}", file=sys.stderr, flush=True)
     asked = one_prompt.Asked(
         prompt=chat_tokens(tokenizer, [{"role": "user", "content": text}]) if chat else text,
         sampling=sampling,

@@ -55,7 +55,9 @@ Activations = Annotated[
     typer.Option(help="16bit; fp8, int8, int8:g128: linears quantise activations so; 8bit: int8 or fp8."),
 ]
 KvDtype = Annotated[str, typer.Option(help="Keys and values: auto, float16, bfloat16, float32 or fp8.")]
-MaxLength = Annotated[int | None, typer.Option(help="Tokens of the longest text; else the model's context.")]
+MaxLength = Annotated[
+    int | None, typer.Option(help="Tokens of the longest text, at most the model's context, which it is if not given.")
+]
 MaxRows = Annotated[int, typer.Option(help="Requests of a step at most.")]
 ManyRows = Annotated[
     int | None, typer.Option(help=f"Requests of a step at most; else {MANY_ROWS}, or fewer where memory is short.")

@@ -18,7 +18,7 @@ from tersor.errors import InputError
 if TYPE_CHECKING:
     from tersor.convert.pipeline import Progress
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kMGT]?)B?")
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kMGT]?B|[kMGT])")
 _LATENCY = re.compile(r"(\d+(?:\.\d+)?)\s*(s|ms|us)")
 _SHARE = re.compile(r"(\d+(?:\.\d+)?) ?%")
 _SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
@@ -183,15 +183,15 @@ def command(
 
 
 def parse_size(text: str) -> int:
-    """Return the bytes a text such as `5GB` or `1.5G` means; units are decimal.
+    """Return the bytes a text such as `5GB` or `1.5G` means; units are decimal, and one has to be there.
 
     Raises:
         InputError: it is no size.
     """
     match = _SIZE.fullmatch(text.strip())
-    count = float(match[1]) * _UNITS[match[2]] if match else 0.0
+    count = float(match[1]) * _UNITS[match[2].removesuffix("B")] if match else 0.0
     if not 1 <= count < float("inf"):
-        raise InputError(f"size {text!r} is not a number of bytes such as 5GB or 500MB")
+        raise InputError(f"size {text!r} is not a number of bytes with a unit, such as 5GB or 500MB")
     return int(count)
 
 

@@ -63,7 +63,8 @@ def get_recipe(name: str) -> Recipe:
         InputError: there is none.
     """
     if name not in RECIPES:
-        raise InputError(f"unknown algorithm {name!r}{did_you_mean(name, RECIPES)} (known: {', '.join(RECIPES)})")
+        near = ": it is a transform (--transform awq)" if name == "awq" else did_you_mean(name, RECIPES)
+        raise InputError(f"unknown algorithm {name!r}{near} (known: {', '.join(RECIPES)})")
     return RECIPES[name]
 
 

@@ -62,7 +62,7 @@ def check_destination(output: str | os.PathLike[str] | None, dry_run: bool) -> P
     """
     if output is None:
         if not dry_run:
-            raise InputError("no output directory given: name one, or make it a dry run")
+            raise InputError("no output directory given: name one (--output), or make it a dry run (--dry-run)")
         return None
     if not isinstance(output, str | os.PathLike):
         raise InputError(f"output is {output!r}: give the name of a directory to make")

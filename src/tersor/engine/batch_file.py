@@ -159,8 +159,9 @@ def run_batch(
 
     Raises:
         InputError: the file cannot be read or is empty, two files are the same, or the output is of another job.
-        OutputError: the disk does not let us write. What is written stays, and the job can be continued.
-        TersorError: the engine fails. The same holds.
+        OutputError: the disk does not let us write. What is written stays, and the job can be continued; where it has
+            run nothing yet, nothing stays.
+        TersorError: the engine fails, or cannot be made. The same holds.
     """
     paths = _paths(source, output, errors)
     with draining(on_stop) as stopping:
@@ -172,6 +173,9 @@ def run_batch(
             job = _Job(batch, store, dialect, model, on_progress)
             job.report_bad()
             job.run(engine, stopping)
+        except Exception:
+            store.withdraw()
+            raise
         finally:
             try:
                 store.sync()

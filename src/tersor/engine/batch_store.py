@@ -172,7 +172,9 @@ class Store:
         self.reported: set[int] = set()
         self._identity = json.loads(json.dumps(identity, allow_nan=False))
         self._manifest = manifest_path(output)
+        self._new = False
         self._files: list[_Appender] = []
+        self._made: list[Path] = []
         try:
             self._output = self._open(output)
             self._errors = self._open(errors)
@@ -181,6 +183,7 @@ class Store:
             if begun is None:
                 content = {"identity": self._identity, "created": self.created}
                 files.write_whole(self._manifest, json.dumps(content, indent=1).encode())
+                self._new = True
             else:
                 self._take_up(retry_failed)
         except OSError as error:
@@ -191,6 +194,8 @@ class Store:
             raise
 
     def _open(self, path: Path) -> _Appender:
+        if not path.exists():
+            self._made.append(path)
         self._files.append(_Appender(path))
         return self._files[-1]
 
@@ -257,6 +262,15 @@ class Store:
             self.reported.add(entry["line"])
         else:
             self.failed.add(entry["custom_id"])
+
+    def withdraw(self) -> None:
+        """Remove what a job made that was begun here and has run nothing, so that it may begin again in another way."""
+        if not self._new or self.answered or self.failed:
+            return
+        with contextlib.suppress(OSError, OutputError):
+            self._errors.replace([])
+            for path in (*self._made, self._manifest):
+                path.unlink(missing_ok=True)
 
     def sync(self) -> None:
         """Make all that was written durable.

@@ -16,9 +16,11 @@ from tersor.engine.orders import Line
 from tersor.engine.runner import Runner
 from tersor.engine.sampler import Sampler
 from tersor.engine.sampler_news import Teller
+from tersor.errors import InputError
 from tersor.formats import float_dtype_or_auto
 from tersor.kernels.jit import KernelSource
 from tersor.models import Decoder, load
+from tersor.models.config import DecoderConfig
 from tersor.models.load import described, usual_dtype
 from tersor.ops.collective import ALONE, Ranks
 from tersor.ops.dispatch import kernel_chip
@@ -62,6 +64,7 @@ def build(
         place: of this rank in them; `None` is alone.
 
     Raises:
+        InputError: a length beyond the model's context.
         UnsupportedError: the engine does not have the architecture; CUDA graphs are insisted on and not possible, or
             weights are to be offloaded from what is no GPU.
         CheckpointError: no whole checkpoint.
@@ -69,6 +72,9 @@ def build(
         KernelError: a kernel does not compile.
         TersorError: it does not fit in the device's memory, or what is offloaded not in the host's or on the disk.
     """
+    context = DecoderConfig.from_dict(source.config).context
+    if config.max_length is not None and config.max_length > context:
+        raise InputError(f"max_length is {config.max_length}: the model's context is {context}")
     dtype = float_dtype_or_auto(config.dtype)
     offload = None
     if config.offload is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -70,8 +71,19 @@ class SamplingParams:
             object.__setattr__(self, name, (value,) if isinstance(value, str | int) else tuple(value or ()))
         for name, legal, range_ in _RANGES:
             value = getattr(self, name)
-            if value is not None and not legal(value):
+            if value is None:
+                continue
+            kind, called = _KINDS.get(name, (numbers.Real, "a number"))
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise InputError(f"{name} is {value!r}: it must be {called}, {range_}")
+            if not legal(value):
                 raise InputError(f"{name} is {value}: it must be {range_}")
+        for text in self.stop:
+            if not isinstance(text, str):
+                raise InputError(f"stop holds {text!r}: it must be a text, or texts (tokens go into stop_token_ids)")
+        for token in self.stop_token_ids:
+            if not isinstance(token, numbers.Integral):
+                raise InputError(f"stop_token_ids holds {token!r}: it must be tokens")
         if any(not text for text in self.stop):
             raise InputError("a stop text is empty: it would end every generation at once")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
@@ -82,6 +94,13 @@ class SamplingParams:
         """Whether the most probable token is always taken."""
         return self.temperature == 0
 
+
+_WHOLE = (numbers.Integral, "a whole number")
+_KINDS: dict[str, tuple[type, str]] = {
+    **dict.fromkeys(("n", "max_tokens", "min_tokens", "top_k", "seed", "logprobs", "prompt_logprobs"), _WHOLE),
+    "logit_bias": (Mapping, "a mapping of tokens to numbers"),
+}
+"""What a value is, where that is no plain number."""
 
 _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("n", lambda v: v >= 1, "at least 1"),

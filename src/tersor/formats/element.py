@@ -213,7 +213,7 @@ def names() -> tuple[str, ...]:
 
 @functools.cache
 def get(name: str) -> ElementFormat:
-    """Return the element format called `name` (`fp6` stands for `fp6_e3m2`, `fp5` for `fp5_e2m2`).
+    """Return the element format called `name` (`fp6` stands for `fp6_e2m3`, `fp5` for `fp5_e2m2`).
 
     Raises:
         FormatError: no such format; the message names the nearest one and what exists.
@@ -232,4 +232,5 @@ def get(name: str) -> ElementFormat:
     if name in LUTS:
         return ElementFormat(name, "lut", int(name[-1]))
     known = (*_NAMED, *LUTS)
-    raise FormatError(f"unknown format {name!r}{did_you_mean(name, known)} (formats: {', '.join(known)})")
+    near = did_you_mean(name, (*_ALIASES, *known))
+    raise FormatError(f"unknown format {name!r}{near} (formats: {', '.join(known)})")

@@ -6,7 +6,7 @@ import hmac
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 from functools import cache
@@ -56,9 +56,10 @@ def create_app(engine: AsyncEngine, options: ServerOptions | None = None) -> Fas
 
     app = FastAPI(title="Tersor", openapi_url=None, lifespan=lifespan)
     _add_endpoints(app, api)
+    paths = [route.path for route in app.routes if getattr(route, "path", "").startswith("/v1/")]  # type: ignore[attr-defined]
 
     async def wrong(request: Request, error: Exception) -> Response:
-        told = _of_http(error) if isinstance(error, HTTPException) else api.told(error)
+        told = _of_http(error, request, paths) if isinstance(error, HTTPException) else api.told(error)
         return JSONResponse(told.body(), told.status, told.headers)
 
     for kind in (ApiError, TersorError, HTTPException, Exception):
@@ -172,9 +173,15 @@ async def _body(api: Api, request: Request, kind: type[Body]) -> Body:
         raise of_validation(error) from None
 
 
-def _of_http(error: HTTPException) -> ApiError:
+def _of_http(error: HTTPException, request: Request, paths: Iterable[str]) -> ApiError:
     """A path that there is not, or a method that it does not take."""
-    return ApiError(error.status_code, str(error.detail), headers=dict(error.headers or {}))
+    headers, said = dict(error.headers or {}), str(error.detail)
+    if error.status_code == 404:
+        said = f"there is no {request.url.path}: here are {', '.join(paths)}"
+    if error.status_code == 405 and "allow" in {name.lower() for name in headers}:
+        allowed = next(value for name, value in headers.items() if name.lower() == "allow")
+        said = f"{request.url.path} does not take {request.method}: use {allowed}"
+    return ApiError(error.status_code, said, headers=headers)
 
 
 @cache
