@@ -11,6 +11,7 @@ from helpers import checkpoints
 from safetensors.torch import save_file
 
 from tersor.checkpoint.inspect import inspect
+from tersor.cli import main
 from tersor.convert import quantize
 from tersor.errors import CheckpointError, InputError
 from tersor.integrations.transformers.architecture import read_architecture
@@ -71,7 +72,26 @@ def test_experts_and_transposed_layers(tmp_path: Path) -> None:
             assert found[row.name].shape == shape and found[row.name].nbytes == row.bytes_after
 
 
-def test_another_method_is_shown_as_it_is(packed: Path) -> None:
+def test_weights_that_another_method_compressed_are_shown_as_what_they_stand_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, target = checkpoints.save("llama", tmp_path / "plain", hidden_size=128), tmp_path / "out"
+    quantize(source, target, format="int4", group_size=32, export="compressed-tensors")
+    found = inspect(target, read_architecture)
+    plain = {name: tuple(tensor.shape) for name, tensor in checkpoints.weights(source).items()}
+    assert {item.name: item.shape for item in found.items} == plain
+    weights = [item for item in found.items if item.compressed]
+    assert weights and {item.format for item in weights} == {"compressed-tensors (pack-quantized)"}
+    for item in weights:
+        # four bits, a scale of two bytes for 32 of them, and the shape in two numbers of eight bytes
+        assert item.bits_per_weight == pytest.approx(4 + 16 / 32 + 128 / item.numel)
+    assert found.nbytes == sum(tensor.nbytes for tensor in checkpoints.weights(target).values())
+    assert main.run(["inspect", str(target), "--zeros"]) == 0
+    shown = capsys.readouterr().out
+    assert "compressed-tensors (pack-quantized)" in shown and "weight_packed" not in shown
+
+
+def test_a_method_that_is_not_read_is_shown_as_it_is(packed: Path) -> None:
     set_quantization(packed, quant_method="awq")
     found = inspect(packed, read_architecture)
     assert found.method == "awq"

@@ -15,10 +15,11 @@ from tersor.checkpoint.header import DTYPE_BITS
 from tersor.checkpoint.mixed import check_stored, read_form
 from tersor.checkpoint.modules import Architecture
 from tersor.checkpoint.names import DENSE, PACKED, Storage, level_stem, stored_forms, stored_weights
-from tersor.checkpoint.released import compression_of
+from tersor.checkpoint.released import compression_of, read_released
+from tersor.checkpoint.released.parts import DecodedTensor
 from tersor.checkpoint.source import Source, open_source
 from tersor.checkpoint.zeros import dense_left
-from tersor.errors import CheckpointError
+from tersor.errors import CheckpointError, InputError
 from tersor.formats import Assignment, Pruned, Scheme
 
 ReadArchitecture: TypeAlias = Callable[[Path], Architecture]
@@ -31,7 +32,8 @@ class Item:
     Attributes:
         name: the tensor's name; that of a compressed weight is what it was called before.
         shape: the tensor's shape; that of a compressed weight is (OC, IC).
-        format: key of the scheme, behind `sparse:` where a weight is pruned, `mixed`, or the safetensors dtype.
+        format: key of the scheme, behind `sparse:` where a weight is pruned, `mixed`, or the safetensors dtype; of a
+            weight that another method compressed what that is called.
         bits_per_weight: bits stored for each element, scales counted.
         nbytes: bytes on disk.
         compressed: whether the item is a compressed weight.
@@ -139,10 +141,10 @@ def inspect(
         items: Iterator[Item] = (
             _packed_items(source, config, read_architecture(source.directory))
             if config is not None
-            else _plain_items(source)
+            else _released_items(source)
         )
         if zeros:
-            items = (_counted(source, item) for item in items)
+            items = (_counted(source, item) if config is not None or not item.compressed else item for item in items)
         names = source.config.get("architectures")
         return Inspection(
             model=source.label,
@@ -166,6 +168,24 @@ def _plain_items(source: Source) -> Iterator[Item]:
     for tensor in source.tensors.values():
         spec = tensor.spec
         yield Item(spec.name, spec.shape, spec.dtype, DTYPE_BITS[spec.dtype], spec.nbytes, False)
+
+
+def _released_items(source: Source) -> Iterator[Item]:
+    """Yield what another method compressed as the weights it stands for; of one that is not read, tensors as stored."""
+    try:
+        released = read_released(source)
+    except InputError:
+        released = None
+    if released is None:
+        yield from _plain_items(source)
+        return
+    for name, tensor in released.tensors.items():
+        shape, nbytes = tensor.spec.shape, tensor.spec.nbytes
+        if isinstance(tensor, DecodedTensor):
+            nbytes = tensor.nbytes
+            yield Item(name, shape, released.method, 8 * nbytes / max(1, math.prod(shape)), nbytes, True)
+        else:
+            yield Item(name, shape, tensor.spec.dtype, DTYPE_BITS[tensor.spec.dtype], nbytes, False)
 
 
 def _packed_items(source: Source, config: QuantizationConfig, architecture: Architecture) -> Iterator[Item]:

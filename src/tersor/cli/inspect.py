@@ -29,6 +29,7 @@ def command(
     json: Annotated[bool, typer.Option("--json", help="Print JSON, a tensor at a time.")] = False,
 ) -> None:
     """Read the headers, then print format, bits and size of every layer."""
+    from tersor.checkpoint.config import QUANT_METHOD
     from tersor.checkpoint.inspect import inspect
     from tersor.integrations.transformers.architecture import read_architecture
 
@@ -37,11 +38,12 @@ def command(
         console.print_json(found.to_dict())
         return
     print(f"{found.model}: {_summary(found)}")
+    own = found.method == QUANT_METHOD
     if full:
-        lines = [_line(item.name, [item]) for item in found.items]
+        lines = [_line(item.name, [item], own) for item in found.items]
     else:
         named = ((item.name, (item.shape, item.format, item.levels), item) for item in found.items)
-        lines = [_line(name, items) for name, items in collapse(named)]
+        lines = [_line(name, items, own) for name, items in collapse(named)]
     headings = ["tensor", "count", "shape", "format", "bits/weight", "size"]
     if any(item.density is not None for item in found.items):
         headings.append("left")
@@ -51,13 +53,13 @@ def command(
     print(_totals(found))
 
 
-def _line(name: str, items: list[Item]) -> list[str]:
+def _line(name: str, items: list[Item], own: bool) -> list[str]:
     first = items[0]
     return [
         name.removesuffix(".weight"),
         str(len(items)),
         shape_words(first.shape),
-        _format_words(first),
+        _format_words(first, own),
         f"{sum(item.bits_per_weight for item in items) / len(items):.3f}",
         console.size(sum(item.nbytes for item in items)),
         "" if first.density is None else _left(items),
@@ -70,11 +72,11 @@ def _left(items: list[Item]) -> str:
     return shares[0] if shares[0] == shares[-1] else f"{shares[0]} to {shares[-1]}"
 
 
-def _format_words(item: Item) -> str:
-    """Say how an item is represented: of a mixed weight how many output features each level has."""
+def _format_words(item: Item, own: bool) -> str:
+    """Say how an item is represented: of a mixed weight how many output features each level has; `own` is Tersor's."""
     if item.levels:
         return "mixed: " + "; ".join(f"{rows} x {scheme_words(key)}" for key, rows in item.levels)
-    return scheme_words(item.format) if item.compressed else item.format
+    return scheme_words(item.format) if item.compressed and own else item.format
 
 
 def _summary(found: Inspection) -> str:

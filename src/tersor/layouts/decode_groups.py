@@ -142,7 +142,9 @@ def unsupported_reason(fmt: ElementFormat, target: str) -> str:
             return f"{fmt.name} less its zero point does not fit int8"
     elif _width(target) == 8:
         if fmt.kind != "float" and _largest(fmt) > _STEPS_OF_E4M3:
-            return f"{fmt.name} has integers that e4m3 has not: {target} activations need a float type, int5 or fewer bits"
+            return (
+                f"{fmt.name} has integers that e4m3 has not: {target} activations need a float type, int5 or fewer bits"
+            )
         if fmt.kind == "float" and fmt.bits == 8:
             return f"{fmt.name} has numbers where the tensor cores' 8-bit floats have NaN or infinity"
     elif fmt.kind == "float" and fmt.exponent_bits > (5 if target == "float16" else 7):
