@@ -54,6 +54,12 @@ def shown(words: list[str], capsys: pytest.CaptureFixture[str]) -> Any:
     return json.loads(capsys.readouterr().out)
 
 
+def streaming(way: list[str], folder: Path) -> list[str]:
+    """Return options of a verb with what belongs to weights that stream: one layer stays, and a folder of the disk."""
+    stays = ["--resident-layers", "1"] if "--offload" in way else []
+    return [*way, *stays, *(["--offload-directory", str(folder)] if "disk" in way else [])]
+
+
 @contextmanager
 def served(words: list[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[httpx.Client]:
     """Run `tersor serve` in a thread while the block runs; it must end well."""
@@ -82,12 +88,8 @@ def served(words: list[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[httpx.
 def test_a_server_says_what_the_engine_says(
     way: list[str], model: Path, engine: tersor.LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    streams = "--offload" in way
-    more = [*way, "--resident-layers", "1", "--offload-directory", str(tmp_path)] if streams else way
-    if "disk" not in way:
-        more = [word for word in more if word not in ("--offload-directory", str(tmp_path))]
     body = {"max_tokens": 12, "temperature": 0}
-    with served([str(model), "--device", DEVICE, *ENGINE, *more], monkeypatch) as client:
+    with served([str(model), "--device", DEVICE, *ENGINE, *streaming(way, tmp_path)], monkeypatch) as client:
         found = [client.post("/v1/completions", json={**body, "prompt": one}).json() for one in PROMPTS]
         lines: list[str] = []
         with client.stream("POST", "/v1/completions", json={**body, "prompt": PROMPTS[0], "stream": True}) as response:
@@ -114,8 +116,7 @@ def test_a_server_holds_an_answer_to_a_schema(model: Path, monkeypatch: pytest.M
 def test_a_batch_is_answered_as_by_the_engine(
     way: list[str], model: Path, engine: tersor.LLM, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if "--offload" in way:
-        way = [*way, "--resident-layers", "1", "--offload-directory", str(tmp_path / "streams")]
+    way = streaming(way, tmp_path / "streams")
     common = {"method": "POST", "url": "/v1/completions"}
     lines = [
         {"custom_id": str(row), **common, "body": {"prompt": prompt, "max_tokens": 12, "temperature": 0}}
@@ -138,11 +139,7 @@ def test_a_prompt_is_continued_alike_whatever_the_gpu_is_called(
     way: list[str], device: str, model: Path, engine: tersor.LLM, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["generate", str(model), "--prompt", PROMPTS[0], "-n", "12", "--device", device]
-    if way:
-        words += [*way, "--resident-layers", "1"]
-    if "disk" in way:
-        words += ["--offload-directory", str(tmp_path)]
-    assert shown(words, capsys)["text"] == texts(engine)[0]
+    assert shown([*words, *streaming(way, tmp_path)], capsys)["text"] == texts(engine)[0]
 
 
 @pytest.mark.parametrize("activations", ["8bit", "fp8", "int8", "int8:g128"])

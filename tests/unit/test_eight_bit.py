@@ -63,7 +63,7 @@ def test_other_names_stand_for_themselves_and_are_refused_where_they_were() -> N
 
 
 def test_a_gpu_that_has_no_kernel_with_them_is_told_of_once(caplog: pytest.LogCaptureFixture) -> None:
-    dispatch._tell_of_reference.cache_clear()
+    dispatch._warn.cache_clear()
     for chip in (A100, CHIPS["NVIDIA B200"], A100, H200, None):
         for name in ("int8", "fp8", "16bit"):
             assert ops.activations_for(name, schemes("int4"), chip) is Activations.of(name)

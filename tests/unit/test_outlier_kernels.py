@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.emulated import COMPILER, Emulated, tensor_map
+from helpers.emulated_dense import product
 
 from tersor.compress import encode
 from tersor.formats import Outliers, get_scheme, outlier_columns, outlier_values, outlier_words
@@ -151,30 +152,12 @@ def _product(
     """Return what three CTAs make of x [n, ic] with a tile's kernel."""
     (oc, ic), n, target = weight.shape, len(x), str(x.dtype).removeprefix("torch.")
     packing, kept = Packing.of(weight.scheme.dense, target), weight.scheme.outliers
-    assert kept is not None and weight.arranged is not None
+    assert kept is not None
     rounds, problem = rounds_of(kept, ic), LinearProblem.of(packing, (oc, ic), n)
     problem = replace(problem, scale_bytes=problem.scale_bytes + ROUND_ROW_BYTES * rounds)
     tiles = -(-oc // tile.rows) * -(-n // tile.tokens)
     config = sm90.config(problem, tile, 0 if splits > 1 else tiles, splits, 3, H200)
-    function = Emulated(dense.fused_source(packing, target, config, outliers=rounds), folder, 900)
-    launch = dense.prepare_fused(
-        function,  # type: ignore[arg-type]
-        config,
-        bf16=target == "bfloat16",
-        oc=oc,
-        ic=ic,
-        n=n,
-        aligned=True,
-        factor=packing.factor,
-    )
-    y = torch.full((n, oc), torch.nan, dtype=x.dtype)
-    floats, counters = dense.parts(config, n)
-    partial, arrived = torch.full((max(1, floats),), torch.nan), torch.zeros(max(1, counters), dtype=torch.int32)
-    places = {"weight": weight.data, "scale": weight.scale, "x": x, "bias": bias, "residual": residual, "y": y}
-    places |= {"partial": partial, "arrived": arrived, "kept": weight.arranged}
-    addresses = {name: tensor.data_ptr() for name, tensor in places.items()}
-    launch(stream=0, x_stride=x.stride(0), x_scale=0, early=True, **addresses)
-    return y
+    return product(weight, config, x, bias, residual, folder, 900, rounds)
 
 
 @pytest.mark.parametrize(

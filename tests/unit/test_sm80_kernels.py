@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.emulated import COMPILER, Emulated
+from helpers.emulated_dense import product
 
 from tersor.compress import encode
 from tersor.formats import get_scheme
@@ -16,7 +17,6 @@ from tersor.kernels.tune import experts as tune
 from tersor.kernels.tune import experts_sm80, sm80
 from tersor.kernels.tune.experts_problem import most_blocks
 from tersor.layouts import PackedWeight, StackedWeight
-from tersor.layouts.packing import Packing
 from tersor.ops import Gate, routing
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
@@ -50,31 +50,12 @@ def test_products_are_those_of_the_decoded_weight(
     chip: str, name: str, group_size: int | None, dtype: str, n: int, oc: int, ic: int, splits: int, folder: Path
 ) -> None:
     weight, native = packed(oc, ic, name, group_size, dtype), DTYPES[dtype]
-    packing = Packing.of(weight.scheme, dtype)
     problem = dense.problem_of(weight.scheme, (oc, ic), n)
     config = next(one for one in sm80.candidates(problem, CHIPS[chip]) if one.splits == splits)
-    function = Emulated(dense.fused_source(packing, dtype, config), folder, ARCHS[chip])
-    launch = dense.prepare_fused(
-        function,  # type: ignore[arg-type]
-        config,
-        bf16=dtype == "bfloat16",
-        oc=oc,
-        ic=ic,
-        n=n,
-        aligned=ic % 8 == 0,
-        factor=packing.factor,
-    )
     generator = torch.Generator().manual_seed(n)
     x, bias, residual = (torch.randn(*size, generator=generator).to(native) for size in ((n, ic), (oc,), (n, oc)))
-    y = torch.full((n, oc), torch.nan, dtype=native)
-    floats, counters = dense.parts(config, n) if splits > 1 else (1, 1)
-    partial, arrived = torch.full((floats,), torch.nan), torch.zeros(counters, dtype=torch.int32)
-    addresses = {"weight": weight.data, "scale": weight.scale, "x": x, "bias": bias, "residual": residual, "y": y}
-    addresses |= {"partial": partial, "arrived": arrived}
-    given = {key: tensor.data_ptr() for key, tensor in addresses.items()}
-    launch(stream=0, x_stride=ic, x_scale=0, early=True, **given)
+    y = product(weight, config, x, bias, residual, folder, ARCHS[chip])
     exact = x.double() @ weight.dequantize().double().T + bias.double() + residual.double()
-    assert not arrived.any()
     eps = torch.finfo(native).eps
     torch.testing.assert_close(y.double(), exact, rtol=eps / 2, atol=2e-5 * float(exact.abs().max()))
 

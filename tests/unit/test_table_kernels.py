@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.emulated import COMPILER, Emulated, tensor_map
+from helpers.emulated import COMPILER, tensor_map
+from helpers.emulated_dense import product
 
 from tersor.compress import encode
 from tersor.formats import get_scheme
@@ -15,7 +16,6 @@ from tersor.kernels import dense
 from tersor.kernels.jit import tensor_map as maps
 from tersor.kernels.tune import sm90
 from tersor.layouts import PackedWeight
-from tersor.layouts.packing import Packing
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
 
@@ -52,40 +52,13 @@ def test_products_with_tables_are_those_of_the_decoded_weight(
     tile: sm90.Tile, n: int, oc: int, dtype: str, splits: int, folder: Path
 ) -> None:
     ic, native = 352, DTYPES[dtype]
-    weight, packing = tabled(oc, ic, dtype), Packing.of(get_scheme("lut3", None, dtype), dtype)
+    weight = tabled(oc, ic, dtype)
     problem = dense.problem_of(weight.scheme, (oc, ic), n)
     items = -(-oc // tile.rows) * splits
     config = sm90.config(problem, tile, 0, splits, items, H200)
-    function = Emulated(dense.fused_source(packing, dtype, config), folder, 900)
-    launch = dense.prepare_fused(
-        function,
-        config,
-        bf16=dtype == "bfloat16",
-        oc=oc,
-        ic=ic,
-        n=n,
-        aligned=True,
-        factor=packing.factor,  # type: ignore[arg-type]
-    )
     generator = torch.Generator().manual_seed(n)
     x, bias = (torch.randn(*shape, generator=generator).to(native) for shape in ((n, ic), (oc,)))
-    y = torch.full((n, oc), torch.nan, dtype=native)
-    floats, counters = dense.parts(config, n)
-    partial, arrived = torch.full((max(1, floats),), torch.nan), torch.zeros(max(1, counters), dtype=torch.int32)
-    launch(
-        stream=0,
-        weight=weight.data.data_ptr(),
-        scale=weight.scale.data_ptr(),
-        x=x.data_ptr(),
-        x_stride=ic,
-        x_scale=0,
-        bias=bias.data_ptr(),
-        residual=0,
-        y=y.data_ptr(),
-        partial=partial.data_ptr(),
-        arrived=arrived.data_ptr(),
-        early=True,
-    )
+    y = product(weight, config, x, bias, None, folder, 900)
     exact = x.double() @ weight.dequantize().double().T + bias.double()
     eps = torch.finfo(native).eps
     torch.testing.assert_close(y.double(), exact, rtol=eps / 2, atol=2e-5 * float(exact.abs().max()))

@@ -17,7 +17,7 @@ from tersor.checkpoint.modules import Architecture
 from tersor.checkpoint.names import DENSE, PACKED, Storage, level_stem, stored_forms, stored_weights
 from tersor.checkpoint.released import compression_of, read_released
 from tersor.checkpoint.released.parts import DecodedTensor
-from tersor.checkpoint.source import Source, open_source
+from tersor.checkpoint.source import Source, StoredTensor, open_source
 from tersor.checkpoint.zeros import dense_left
 from tersor.errors import CheckpointError, InputError
 from tersor.formats import Assignment, Pruned, Scheme
@@ -164,28 +164,33 @@ def _counted(source: Source, item: Item) -> Item:
     return dataclasses.replace(item, density=dense_left(source, item.name, item.shape, scheme))
 
 
+def _plain(tensor: StoredTensor) -> Item:
+    spec = tensor.spec
+    return Item(spec.name, spec.shape, spec.dtype, DTYPE_BITS[spec.dtype], spec.nbytes, False)
+
+
+def _decoded(tensor: DecodedTensor, method: str) -> Item:
+    name, shape = tensor.spec.name, tensor.spec.shape
+    return Item(name, shape, method, 8 * tensor.nbytes / max(1, math.prod(shape)), tensor.nbytes, True)
+
+
 def _plain_items(source: Source) -> Iterator[Item]:
-    for tensor in source.tensors.values():
-        spec = tensor.spec
-        yield Item(spec.name, spec.shape, spec.dtype, DTYPE_BITS[spec.dtype], spec.nbytes, False)
+    return map(_plain, source.tensors.values())
 
 
 def _released_items(source: Source) -> Iterator[Item]:
-    """Yield what another method compressed as the weights it stands for; of one that is not read, tensors as stored."""
+    """Return weights that another method compressed as what they stand for; of one not read, tensors as stored."""
     try:
         released = read_released(source)
     except InputError:
         released = None
     if released is None:
-        yield from _plain_items(source)
-        return
-    for name, tensor in released.tensors.items():
-        shape, nbytes = tensor.spec.shape, tensor.spec.nbytes
-        if isinstance(tensor, DecodedTensor):
-            nbytes = tensor.nbytes
-            yield Item(name, shape, released.method, 8 * nbytes / max(1, math.prod(shape)), nbytes, True)
-        else:
-            yield Item(name, shape, tensor.spec.dtype, DTYPE_BITS[tensor.spec.dtype], nbytes, False)
+        return _plain_items(source)
+    method = released.method
+    return (
+        _decoded(tensor, method) if isinstance(tensor, DecodedTensor) else _plain(tensor)
+        for tensor in released.tensors.values()
+    )
 
 
 def _packed_items(source: Source, config: QuantizationConfig, architecture: Architecture) -> Iterator[Item]:

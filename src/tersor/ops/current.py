@@ -52,16 +52,12 @@ empty: Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], torch.Tensor] =
 """Return an uninitialised tensor of a size, strides and a dtype on the current CUDA device."""
 
 
-def same_stream(device: torch.device) -> Callable[[], None]:
-    """Return what another thread calls to launch on the stream of a device that is current in this one.
+def same_stream(device: torch.device) -> Callable[[], None] | None:
+    """Return what another thread calls to launch on the stream of a GPU that is current in this one; `None` of a CPU.
 
     A thread begins on the default stream, which neither waits for a stream that this one may be on, nor is waited for:
     what both launch would run in any order.
     """
     if device.type != "cuda":
-        return _nothing
+        return None
     return functools.partial(torch.cuda.set_stream, torch.cuda.current_stream(device))
-
-
-def _nothing() -> None:
-    """Do nothing."""

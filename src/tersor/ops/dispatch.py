@@ -163,16 +163,16 @@ def activations_for(
         InputError: no such activations.
         UnsupportedError: of `8bit`, that weights take neither, or that a GPU has no kernel with either.
     """
+    lacks = ""
+    if chip is not None and chip.capability != (9, 0):
+        lacks = "kernels with them need compute capability 9.0, and {} has {}.{}".format(chip.name, *chip.capability)
     if Activations.check(value) != EIGHT_BIT:
         named = Activations.of(value)
-        if chip is not None and chip.capability != (9, 0) and named is not Activations.NATIVE:
-            _tell_of_reference(named, chip.name, chip.capability)
+        if lacks and named is not Activations.NATIVE:
+            _warn(f"activations {named}: {lacks}: the reference multiplies, slowly; leave them 16bit")
         return named
-    if chip is not None and chip.capability != (9, 0):
-        raise UnsupportedError(
-            f"activations {EIGHT_BIT}: kernels with them need compute capability 9.0, and {chip.name} has "
-            "{}.{}: leave them 16bit".format(*chip.capability)
-        )
+    if lacks:
+        raise UnsupportedError(f"activations {EIGHT_BIT}: {lacks}: leave them 16bit")
     given, reasons = list(dict.fromkeys(scheme.dense for scheme in schemes)), []
     for chosen in (Activations.INT8, Activations.E4M3):
         refused = ((one, packing.unsupported_reason(one, packing.BYTEWISE[chosen])) for one in given)
@@ -184,12 +184,9 @@ def activations_for(
 
 
 @functools.cache
-def _tell_of_reference(activations: Activations, name: str, capability: tuple[int, int]) -> None:
-    _log.warning(
-        "activations %s: kernels with them need compute capability 9.0, and %s has %d.%d: the reference multiplies, "
-        "slowly; leave them 16bit",
-        *(activations, name, *capability),
-    )
+def _warn(line: str) -> None:
+    """Say a line, once."""
+    _log.warning("%s", line)
 
 
 def kernel_layout(scheme: Scheme, dtype: torch.dtype, activations: Activations) -> str:

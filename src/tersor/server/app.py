@@ -175,13 +175,12 @@ async def _body(api: Api, request: Request, kind: type[Body]) -> Body:
 
 def _of_http(error: HTTPException, request: Request, paths: Iterable[str]) -> ApiError:
     """A path that there is not, or a method that it does not take."""
-    headers, said = dict(error.headers or {}), str(error.detail)
+    said, allowed = str(error.detail), Headers(error.headers).get("allow")
     if error.status_code == 404:
         said = f"there is no {request.url.path}: here are {', '.join(paths)}"
-    if error.status_code == 405 and "allow" in {name.lower() for name in headers}:
-        allowed = next(value for name, value in headers.items() if name.lower() == "allow")
+    if error.status_code == 405 and allowed is not None:
         said = f"{request.url.path} does not take {request.method}: use {allowed}"
-    return ApiError(error.status_code, said, headers=headers)
+    return ApiError(error.status_code, said, headers=dict(error.headers or {}))
 
 
 @cache
