@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import calibrated, packed_models
+from helpers import calibrated
 from transformers import AutoModelForCausalLM
 
 from tersor.cli import main
@@ -44,7 +44,9 @@ PRUNE: dict[str, list[str]] = {
     "allocate": ["--allocate", "--scope", "row"],
     "dead neurons": ["--dead-neurons", "drop"],
 }
-TEXT = ["--calibration-tokens", "96", "--calibration-window", "32"]
+TOKENS, WINDOW = 1024, 32
+TEXT = ["--calibration-tokens", str(TOKENS), "--calibration-window", str(WINDOW)]
+"""Enough to determine a layer of 256 inputs: with fewer, what rounding of sums changes is as much as a recipe does."""
 
 
 @pytest.fixture(scope="module")
@@ -54,15 +56,15 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("llama", "mixtral"):
         calibrated.model(name, folder / name, **SIZES)
     calibrated.model("llama", folder / "wide", hidden_size=1024, intermediate_size=2048, num_hidden_layers=1)
-    calibrated.text(folder / "text.txt")
+    calibrated.text(folder / "text.txt", count=TOKENS + WINDOW)
     return folder
 
 
-def logits(path: Path) -> torch.Tensor:
+def logits(path: Path, tokens: torch.Tensor) -> torch.Tensor:
     """What a checkpoint computes on the CPU."""
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     with torch.no_grad():
-        found: torch.Tensor = model(packed_models.token_ids(rows=4, length=32)).logits
+        found: torch.Tensor = model(tokens).logits
     return found
 
 
@@ -74,10 +76,16 @@ def made(words: list[str], folder: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def near(original: Path, folder: Path) -> None:
-    """Hold that what the GPU made errs as that of the CPU: sums are rounded in another order, so some codes differ."""
-    wanted = logits(original)
-    here, there = ((logits(folder / name) - wanted).norm() / wanted.norm() for name in ("cpu", "gpu"))
-    assert 0 < there < 1 and there == pytest.approx(float(here), rel=0.2)
+    """Hold that what the GPU made errs on the calibration text as that of the CPU.
+
+    Sums are rounded in another order, so some codes differ: with noise of that size on every product, the error varies
+    by 4 %. Without calibration it is twice as large.
+    """
+    words = (original.parent / "text.txt").read_text(encoding="utf-8").split()[:TOKENS]
+    tokens = torch.tensor([int(word[1:]) for word in words]).view(-1, WINDOW)
+    wanted = logits(original, tokens)
+    here, there = ((logits(folder / name, tokens) - wanted).norm() / wanted.norm() for name in ("cpu", "gpu"))
+    assert 0 < there < 1 and there == pytest.approx(float(here), rel=0.1)
 
 
 @pytest.mark.parametrize("case", QUANTIZE)

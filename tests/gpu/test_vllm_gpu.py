@@ -1,4 +1,4 @@
-"""In vLLM on a GPU: greedy texts are those of our engine, compiled and in CUDA graphs, of every kind of weight."""
+"""In vLLM on a GPU: greedy texts are those of our engine, up to ties, compiled and in CUDA graphs, of every weight."""
 
 from __future__ import annotations
 
@@ -60,15 +60,20 @@ def answers(model: Path, dtype: str = "float16", activations: str = "16bit", **o
     return found
 
 
-def wanted(model: Path, dtype: str = "float16", activations: str = "16bit") -> list[list[int]]:
-    """Return what our engine draws."""
+def behind(texts: list[list[int]], model: Path, dtype: str = "float16", activations: str = "16bit") -> list[float]:
+    """Return by how many nats each token of greedy texts is behind the most probable one in our engine, sorted."""
     llm = tersor.LLM(
         model, device="cuda", dtype=dtype, activations=activations, kv_bytes=64 << 20, memory=1.0, max_length=256
     )
-    params = tersor.SamplingParams(max_tokens=TOKENS, temperature=0, ignore_eos=True)
-    found = [list(output.outputs[0].token_ids) for output in llm.generate(PROMPTS, params)]
+    params = tersor.SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=1)
+    whole = [[*prompt, *text] for prompt, text in zip(PROMPTS, texts, strict=True)]
+    outputs = llm.generate(whole, params)
     llm.close()
-    return found
+    found = []
+    for prompt, output in zip(PROMPTS, outputs, strict=True):
+        for token, entry in list(zip(output.prompt_token_ids, output.prompt_logprobs, strict=True))[len(prompt) :]:
+            found.append(max(one.logprob for one in entry.values()) - entry[token].logprob)
+    return sorted(found)
 
 
 def alike(found: list[list[int]], other: list[list[int]]) -> float:
@@ -104,30 +109,39 @@ def random_experts(kind: str, **sizes: Any) -> Callable[[Path], Path]:
     return make
 
 
-KINDS: dict[str, tuple[Callable[[Path], Path], dict[str, str], float]] = {
-    "fp6": (packed(format="fp6"), {}, 0.9),
-    "groups": (packed(format="uint4", group_size=64), {}, 0.9),
-    "outliers": (packed(format="int4", outliers="3%"), {}, 0.9),
-    "embedding": (packed(format="fp6", overrides={"embed_tokens": "int8"}), {}, 0.9),
-    "two formats": (packed(format="int8", overrides={"q_proj": "fp6"}), {}, 0.9),
-    "mixed": (mixed, {}, 0.9),
-    "pruned": (pruned, {}, 0.9),
-    "int8 activations": (packed(format="int8"), {"activations": "int8"}, 0.8),
-    "fp8 activations": (packed(format="fp6"), {"activations": "fp8"}, 0.8),
-    "experts": (random_experts("qwen3_moe", moe_intermediate_size=128), {}, 0.6),
-    "gpt_oss": (random_experts("gpt_oss", head_dim=64), {"dtype": "bfloat16"}, 0.6),
-}
-"""Kind of weight -> (how it is made, how it runs, the least part of texts that is one).
+EXACT, ROUNDED, ROUTED = (0.05, 1.0), (0.5, 1.0), (0.05, 0.9)
+"""Nats that a token may be behind the most probable one, and the part of all tokens that has to be as near.
 
-Of random weights, and beside rounded activations, ties are nearer. vLLM's attention takes sinks in bfloat16 alone.
+By what computing in float32 or bfloat16 changes: 0.02 in 16 bits; 0.4 where activations are rounded to 8 bits, some of
+them otherwise; and where experts have random weights, another choice of one of them changes a token wholly.
+"""
+KINDS: dict[str, tuple[Callable[[Path], Path], dict[str, str], tuple[float, float]]] = {
+    "fp6": (packed(format="fp6"), {}, EXACT),
+    "groups": (packed(format="uint4", group_size=64), {}, EXACT),
+    "outliers": (packed(format="int4", outliers="3%"), {}, EXACT),
+    "embedding": (packed(format="fp6", overrides={"embed_tokens": "int8"}), {}, EXACT),
+    "two formats": (packed(format="int8", overrides={"q_proj": "fp6"}), {}, EXACT),
+    "mixed": (mixed, {}, EXACT),
+    "pruned": (pruned, {}, EXACT),
+    "int8 activations": (packed(format="int8"), {"activations": "int8"}, ROUNDED),
+    "fp8 activations": (packed(format="fp6"), {"activations": "fp8"}, ROUNDED),
+    "experts": (random_experts("qwen3_moe", moe_intermediate_size=128), {}, ROUTED),
+    "gpt_oss": (random_experts("gpt_oss", head_dim=64), {"dtype": "bfloat16"}, ROUTED),
+}
+"""Kind of weight -> (how it is made, how it runs, how near its texts are).
+
+vLLM's attention takes sinks in bfloat16 alone.
 """
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_greedy_texts_are_those_of_our_engine(tmp_path: Path, kind: str) -> None:
-    make, ways, least = KINDS[kind]
+    make, ways, (most, part) = KINDS[kind]
     model = make(tmp_path)
-    assert alike(answers(model, **ways), wanted(model, **ways)) >= least
+    found = behind(answers(model, **ways), model, **ways)
+    assert len(found) == TOKENS * len(PROMPTS)
+    near = sum(one <= most for one in found) / len(found)
+    assert near >= part, f"{near:.1%} of {len(found)} tokens are at most {most} nats behind, the last {found[-3:]}"
 
 
 def test_without_graphs_and_traces_texts_are_the_same(tmp_path: Path) -> None:
