@@ -5,8 +5,9 @@
 
 `--again` runs the files that are named, or else the functions of which a test failed last time, and no others, and puts
 what they do now in its place: for tests that were wrong, and for what a change can have reached. What is mended in what
-all kernels share asks for all of them. The exit status is pytest's, or 1 where every test was skipped: then nothing was
-tested, and no summary is written.
+all kernels share asks for all of them. With pytest-xdist's `-n`, tests marked `alone`, which time the host or count the
+GPU's memory, run behind the others, one after the other. The exit status is pytest's, or 1 where every test was
+skipped: then nothing was tested, and no summary is written.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ import results_file
 
 AGAIN = "--again"
 ROOT = Path(__file__).resolve().parents[1]
+NOTHING_COLLECTED = 5
+"""Pytest's status where no test is left, as where none of the files named is marked."""
 
 
 def main() -> None:
@@ -35,20 +38,36 @@ def main() -> None:
     if again and not files and not functions:
         raise SystemExit("no test failed last time")
     tests = files or [f"tests/gpu/{name.replace('.', '.py::', 1)}" for name in functions] or ["tests/gpu"]
-    with tempfile.TemporaryDirectory() as folder:
-        junit = Path(folder) / "junit.xml"
-        further = [option for option in options if option not in files]
-        command = [sys.executable, "-m", "pytest", *tests, f"--junitxml={junit}", *further]
-        status = subprocess.run(command, cwd=ROOT, check=False).returncode
-        if not junit.exists():
-            raise SystemExit(f"pytest ended with status {status} before it ran a test")
-        result = summary(junit)
+    further = [option for option in options if option not in files]
+    result, status = run([*tests, *further])
     if result["counts"].keys() <= {"skipped"}:
         raise SystemExit("no test ran: tests/gpu needs a CUDA device")
     if again:
         result = joined(before, result, [Path(file).stem for file in files] or functions)
     print(f"written to {results_file.write('gpu_tests', result)}")
     raise SystemExit(status)
+
+
+def run(arguments: list[str]) -> tuple[dict[str, Any], int]:
+    """Run pytest, twice where tests run side by side; return what both say, and the first status that is not 0."""
+    at_once = any(argument.startswith("-n") for argument in arguments)
+    parts = (["-m", "not alone"], ["-n", "0", "-m", "alone"]) if at_once else ([],)
+    found, statuses = [], []
+    for part in parts:
+        with tempfile.TemporaryDirectory() as folder:
+            junit = Path(folder) / "junit.xml"
+            command = [sys.executable, "-m", "pytest", *arguments, f"--junitxml={junit}", *part]
+            statuses.append(subprocess.run(command, cwd=ROOT, check=False).returncode)
+            if not junit.exists():
+                raise SystemExit(f"pytest ended with status {statuses[-1]} before it ran a test")
+            found.append(summary(junit))
+    result = {
+        "counts": dict(sum((Counter(one["counts"]) for one in found), Counter())),
+        "seconds": sum(one["seconds"] for one in found),
+        "failed": [name for one in found for name in one["failed"]],
+        "tests": dict(sorted(item for one in found for item in one["tests"].items())),
+    }
+    return result, next((status for status in statuses if status not in (0, NOTHING_COLLECTED)), 0)
 
 
 def joined(before: dict[str, Any], after: dict[str, Any], again: list[str]) -> dict[str, Any]:

@@ -182,6 +182,7 @@ def test_the_first_call_of_all_may_be_captured(monkeypatch: pytest.MonkeyPatch) 
     assert torch.equal(y, ops.linear(x, weight))
 
 
+@pytest.mark.alone
 def test_an_owner_gives_the_memory_of_split_sums_back() -> None:
     """Eagerly and in a graph; the results are those of the memory that the process shares."""
     weight, x = packed(), tokens(3)
@@ -226,6 +227,7 @@ def test_a_model_compiles_in_one_graph(mode: str) -> None:
                 assert error <= 2e-3 * expected.float().norm()  # the compiler rounds less often
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("n", TOKENS)
 def test_nothing_but_the_output_is_allocated(n: int, bias: bool) -> None:
@@ -261,6 +263,7 @@ def test_a_weight_that_was_just_written_is_read_as_written() -> None:
             assert all(torch.equal(y, wanted) for y in found)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("n", [1, 16])
 def test_a_call_costs_microseconds(n: int, capsys: pytest.CaptureFixture[str]) -> None:
     weight = packed(256, 512)

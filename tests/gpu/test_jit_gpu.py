@@ -216,6 +216,7 @@ def test_programmatic_launches_keep_their_order(captured: bool) -> None:
     assert torch.equal(y, torch.full_like(y, 64.0))
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("programmatic", [False, True])
 def test_a_launch_costs_microseconds(programmatic: bool, capsys: pytest.CaptureFixture[str]) -> None:
     arguments_of_linear = "PPPPPPPqiiiif"
@@ -238,6 +239,7 @@ def test_a_launch_costs_microseconds(programmatic: bool, capsys: pytest.CaptureF
     assert typical <= LAUNCH_MICROSECONDS
 
 
+@pytest.mark.alone
 def test_a_cached_kernel_is_ready_in_milliseconds(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -56,6 +56,7 @@ def test_steps_that_fail_or_are_interrupted_leave_an_engine_that_answers_as_befo
     llm.core.scheduler.audit()
 
 
+@pytest.mark.alone
 def test_engines_that_go_leave_no_memory_behind(tmp_path: Path) -> None:
     model = packed_models.case("llama", tmp_path, {"format": "fp6_e3m2"}).packed
     left = []

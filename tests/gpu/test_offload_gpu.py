@@ -175,6 +175,7 @@ def test_too_little_memory_of_the_host_is_one_line(monkeypatch: pytest.MonkeyPat
         tersor.LLM(TINY, offload="host", resident_layers=0)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("format", ["16bit", "fp6_e3m2"])
 def test_steps_reach_most_of_the_links_bandwidth(format: str, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--offload", "host", "--resident-layers", "0", "--format", format, "--batch", "1,8", "--steps", "4"]

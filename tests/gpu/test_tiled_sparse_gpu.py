@@ -231,6 +231,7 @@ def test_a_token_has_the_same_bits_beside_any_others() -> None:
             assert torch.equal(ops.linear(x[:n], weight), whole[:n])
 
 
+@pytest.mark.alone
 def test_a_model_of_eight_billion_weights_is_rearranged_in_seconds() -> None:
     kept = torch.rand(8192, 8192, device="cuda") < 0.5
     weight = SparseWeight.from_encoded(quantize_rtn(torch.randn(8192, 8192, device="cuda"), get_scheme("fp6")), kept)

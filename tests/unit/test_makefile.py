@@ -120,13 +120,38 @@ JUNIT = """<?xml version="1.0" encoding="utf-8"?>
 """
 
 
-def test_the_summary_of_gpu_tests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`bench/gpu_tests.py` as a module."""
     monkeypatch.syspath_prepend(ROOT / "bench")
     spec = importlib.util.spec_from_file_location("gpu_tests", ROOT / "bench" / "gpu_tests.py")
     assert spec is not None
     assert spec.loader is not None
-    script: Any = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_what_has_to_run_alone_follows_the_rest(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # this test may be one of many itself
+    (tmp_path / "pyproject.toml").write_text('[tool.pytest.ini_options]\nmarkers = ["alone: no other beside it"]\n')
+    (tmp_path / "test_some_gpu.py").write_text(
+        "import os, pytest\nworker = os.environ.get('PYTEST_XDIST_WORKER')\n"
+        "@pytest.mark.parametrize('_', range(3))\ndef test_beside(_): assert worker\n"
+        "@pytest.mark.alone\ndef test_alone(): assert not worker\n"
+        "@pytest.mark.alone\ndef test_wrong(): assert worker\n"
+    )
+    monkeypatch.setattr(script, "ROOT", tmp_path)
+    result, status = script.run([str(tmp_path / "test_some_gpu.py"), "-n2", "-q", "-p", "no:cacheprovider"])
+    assert status == 1
+    assert result["counts"] == {"passed": 4, "failure": 1}
+    assert result["failed"] == ["test_some_gpu.test_wrong"]
+    assert result["tests"]["test_some_gpu.test_beside"] == {"passed": 3}
+    result, status = script.run([str(tmp_path / "test_some_gpu.py"), "-q", "-p", "no:cacheprovider", "-k", "beside"])
+    assert result["counts"] == {"failure": 3} and status == 1
+
+
+def test_the_summary_of_gpu_tests(script: Any, tmp_path: Path) -> None:
     junit = tmp_path / "junit.xml"
     junit.write_text(JUNIT)
     result = script.summary(junit)
