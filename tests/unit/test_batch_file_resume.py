@@ -274,3 +274,25 @@ def test_a_job_that_was_taken_up_keeps_its_answers_where_its_engine_cannot_be_ma
         go(tmp_path, Unmade(), resume=True)
     assert len(read(tmp_path / "out.jsonl")) == 1
     assert go(tmp_path, resume=True).progress.done == 8
+
+
+@pytest.mark.parametrize("what", ["locked", "no plain file", "no space"])
+def test_a_job_that_cannot_begin_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    write(tmp_path / "in.jsonl", MIXED)
+    errors = tmp_path / "wrong.jsonl"
+    if what == "locked":
+        held = batch_store._Appender(errors)
+    elif what == "no plain file":
+        os.mkfifo(errors)
+    else:
+
+        def full(*arguments: Any) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(batch_store.files, "write_whole", full)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises((InputError, OutputError)):
+        go(tmp_path, errors=errors)
+    assert sorted(tmp_path.iterdir()) == before
+    if what == "locked":
+        held.close()

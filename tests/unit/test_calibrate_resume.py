@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from helpers import calibrated, checkpoints, interrupted
 from tersor import files
 from tersor.compress.encode import RECIPES
 from tersor.convert import quantize
-from tersor.convert.calibrate import run
+from tersor.convert.calibrate import run, store
 from tersor.errors import InputError, OutputError, TersorError
 
 HIGH = {
@@ -124,6 +125,43 @@ quantize({str(model)!r}, {str(output)!r}, calibration={str(text)!r}, **{HIGH!r})
     assert not output.exists()
     quantize(model, output, calibration=text, resume=True, **HIGH)
     assert written(output) == whole
+
+
+def test_a_kill_while_what_was_kept_is_removed_leaves_the_whole_output(
+    model: Path, text: Path, whole: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks that are removed already would else be calibrated again."""
+
+    def killed(folder: Path, **_: Any) -> None:
+        next(folder.glob("block-*")).unlink()
+        raise interrupted.Stopped
+
+    with monkeypatch.context() as patched:
+        patched.setattr(store.shutil, "rmtree", killed)
+        with pytest.raises(interrupted.Stopped):
+            quantize(model, tmp_path / "out", calibration=text, **HIGH)
+    assert not (tmp_path / "out.partial").exists()
+    shutil.rmtree(tmp_path / "out" / "calibration")
+    assert written(tmp_path / "out") == whole
+
+
+def test_a_kill_when_the_output_gets_its_name_is_continued(
+    model: Path, text: Path, whole: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = files.rename
+
+    def killed(temporary: Path, path: Path) -> None:
+        if temporary.is_dir():
+            raise interrupted.Stopped
+        rename(temporary, path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(files, "rename", killed)
+        with pytest.raises(interrupted.Stopped):
+            quantize(model, tmp_path / "out", calibration=text, **HIGH)
+    monkeypatch.setattr(run.Run, "_block", lambda *_: pytest.fail("it was finished"))
+    quantize(model, tmp_path / "out", calibration=text, resume=True, **HIGH)
+    assert written(tmp_path / "out") == whole
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 from helpers import calibrated
 from helpers.calibrated import words
 
-from tersor.convert.calibrate.text import Calibration, read_windows
+from tersor.convert.calibrate.text import Calibration, read_windows, source_label
 from tersor.errors import InputError, TersorError
 
 TEMPLATE = "{% for message in messages %}t7 {{ message.content }} {% endfor %}"
@@ -31,6 +31,15 @@ def refused(message: str, *arguments: Any, **options: Any) -> None:
     with pytest.raises(TersorError, match=message) as caught:
         read(*arguments, **options)
     assert "\n" not in str(caught.value)
+
+
+def test_a_record_names_a_file_without_its_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text(words(*range(2, 22)))
+    assert read("~/texts/a.txt", 1) == [[2, 3, 4, 5]]
+    assert source_label("~/texts/a.txt") == source_label(str(tmp_path / "texts" / "a.txt")) == "a.txt"
+    assert source_label("owner/name") == "owner/name"
 
 
 def test_windows_stand_at_the_start_of_equal_parts_of_a_text(tmp_path: Path) -> None:

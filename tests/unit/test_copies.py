@@ -9,6 +9,7 @@ import random
 import signal
 import time
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,9 +18,10 @@ from helpers.counting import LAST, Load
 
 from tersor.engine import copies as room
 from tersor.engine.copies import Copies
+from tersor.engine.one_copy import Checked, Failed
 from tersor.engine.outputs import ABORT, LENGTH, RequestOutput
 from tersor.engine.params import SamplingParams
-from tersor.engine.stats import ANSWERS, LOST, STARTS
+from tersor.engine.stats import ANSWERS, LOST, STARTS, EngineStats
 from tersor.errors import InputError, LostError, TersorError
 
 
@@ -252,3 +254,22 @@ def test_a_copy_that_cannot_be_loaded_ends_all_at_once(
     with pytest.raises(error, match=message):
         Copies(Load(broken=1, how=how, late=60), 2, lambda: None)  # type: ignore[arg-type, return-value]
     assert time.monotonic() - started < 30
+
+
+def test_a_grammar_that_is_compiled_after_its_copy_has_failed_is_nobodys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever asked has been let go when a copy said that it ends; its compilers may still say that they are done."""
+    words = iter([Failed("the device is gone"), Checked(3, None)])
+
+    def recv() -> object:
+        word = next(words, None)
+        if word is None:
+            raise EOFError
+        return word
+
+    lost: list[object] = []
+    of_nobody = Copies.__new__(Copies)
+    monkeypatch.setattr(of_nobody, "_lost", lost.append, raising=False)
+    link: Any = SimpleNamespace(recv=recv)
+    copy = room._Copy(0, link, EngineStats())
+    of_nobody._read(copy)
+    assert lost == [copy] and copy.state == LOST

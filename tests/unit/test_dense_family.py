@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import pytest
 import torch
 from helpers.fakes import argument_names
@@ -13,6 +15,7 @@ from tersor.kernels import dense, tune
 from tersor.kernels.jit import KernelSource
 from tersor.kernels.tune import sm90
 from tersor.layouts.packing import Packing
+from tersor.ops import current, dequantized
 
 H200 = CHIPS["NVIDIA H200"]
 FP6 = Packing.of(formats.get_scheme("fp6_e3m2"), "float16")
@@ -93,3 +96,30 @@ def test_beyond_a_decode_batch_a_choice_depends_on_the_tiles_that_tokens_fill(
             assert chosen in tune.candidates(problem, H200)
             least = tune.seconds(problem, tune.predict(problem, H200), H200)
             assert tune.seconds(problem, chosen, H200) <= 1.02 * least
+
+
+@pytest.mark.parametrize("gate", [0, 1])
+def test_tokens_beyond_those_of_a_grid_are_finished_by_further_launches(
+    gate: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CUDA has no grid of more than 65,535 CTAs along its second dimension."""
+    monkeypatch.setattr(current, "stream", lambda index: 0)
+    mm = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda a, b, out_dtype: mm(a.to(out_dtype), b.to(out_dtype)))
+    launches: list[tuple[tuple[int, int, int], tuple[Any, ...]]] = []
+
+    class Finish:
+        def launch(self, grid: tuple[int, int, int], block: object, shared: int, stream: int, args: Any) -> None:
+            launches.append((grid, args))
+
+    n, oc, finish = 2 * 65535 + 3, 32, cast("Any", Finish())
+    outputs = oc // 2 if gate else oc
+    residual = torch.zeros(n, outputs, dtype=torch.float16)
+    slices = [(0, torch.ones(16, 8).half()), (16, torch.ones(16, 8).half())]
+    y = dequantized.finished(torch.ones(n, 8).half(), slices, finish, 0, None, oc, residual, gate, 1.0)
+    assert y.shape == (n, outputs)
+    assert [grid[1] for grid, _ in launches] == [65535, 65535, 3] * 2
+    for place, (_, (sums, _, _, added, into, first, columns, *_)) in enumerate(launches):
+        at = place % 3 * 65535
+        assert (first, columns) == (place // 3 * 16, 16) and sums - launches[place // 3 * 3][1][0] == at * 16 * 4
+        assert added - residual.data_ptr() == into - y.data_ptr() == at * outputs * 2

@@ -182,6 +182,15 @@ def test_slots_that_nobody_has_are_padding() -> None:
     assert sampler.draw(torch.zeros(2, VOCABULARY), slots, lengths).tolist() == [-1, -1]
 
 
+def test_more_top_tokens_than_there_are_leave_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = logits_of(2, VOCABULARY, torch.float32, 1.0, 0)
+    drawn = []
+    for most in (0, 1 << 40):
+        requests = [request(slot, temperature=1.0, top_k=most, seed=slot) for slot in range(2)]
+        drawn.append([Loop(Sampler(4, VOCABULARY, "cpu")).step(requests, logits) for _ in range(3)])
+    assert drawn[0] == drawn[1]
+
+
 def test_logprobs_are_given_to_those_who_ask() -> None:
     sampler = Sampler(3, VOCABULARY, "cpu")
     requests = [request(0, temperature=0.0, logprobs=2), request(1, temperature=0.0), request(2, logprobs=0)]

@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -119,6 +120,26 @@ def test_log_probabilities_of_an_answer_are_those_of_the_same_prompt(server: Ser
     assert found == pytest.approx(wanted, abs=1e-3)
     assert read["logprobs"]["token_logprobs"][0] is None
     assert all(len(one) in (2, 3) for one in read["logprobs"]["top_logprobs"][1:])
+
+
+def test_a_prompt_is_echoed_whole_though_another_answer_begins_before_it_is_read(
+    server: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rule 7: of several answers one alone reads the prompt anew, for its log probabilities, in several steps."""
+    scheduler = server.engine._core.scheduler
+    monkeypatch.setattr(scheduler, "limits", replace(scheduler.limits, max_prompt_logits=64))
+    body = {"prompt": [7, 8, 9, 10] * 50, "max_tokens": 2, "temperature": 0, "ignore_eos": True, "cache_salt": "echo"}
+    assert server.post(COMPLETE, body).status_code == 200  # so that pages of the prompt are there
+    asked = {**body, "n": 2, "echo": True, "logprobs": 1}
+    response = server.post(COMPLETE, asked)
+    assert response.status_code == 200, response.text
+    one, other = (choice["logprobs"] for choice in response.json()["choices"])
+    assert len(one["tokens"]) == len(other["tokens"]) == 202
+    assert one["token_logprobs"] == pytest.approx(other["token_logprobs"], abs=1e-3)
+    pieces = [event["choices"][0] for event in server.events(COMPLETE, asked)]
+    for index in range(2):
+        own = [piece["logprobs"]["tokens"] for piece in pieces if piece["index"] == index and piece["logprobs"]]
+        assert [token for tokens in own for token in tokens] == one["tokens"]
 
 
 def test_a_stop_text_ends_the_engines_own_text(server: Served) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from helpers.served import Served, serving, tokenizer
 
 from tersor.engine.outputs import Logprob
 from tersor.server.logprobs import LEAST, PlainEntries, TokenBytes, chat_entries
+from tersor.server.sse import until_gone
 
 CHAT = "/v1/chat/completions"
 HELLO = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 40}
@@ -245,3 +247,24 @@ def test_a_request_keeps_its_id_or_gets_one(server: Served) -> None:
     for sent in ({}, {"X-Request-Id": "a b"}, {"X-Request-Id": "x" * 200}):
         given = server.http.get("/health", headers=sent).headers["x-request-id"]
         assert given.startswith("req-") and len(given) == 36
+
+
+def test_work_that_fails_when_it_is_cut_off_leaves_nothing_that_waits() -> None:
+    async def never() -> Any:
+        await asyncio.Event().wait()
+
+    async def work() -> None:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            raise ValueError("on the way out") from None
+
+    async def main() -> None:
+        waiting = asyncio.create_task(until_gone(never, work()))
+        await asyncio.sleep(0.01)
+        waiting.cancel()
+        with pytest.raises(ValueError, match="on the way out"):
+            await waiting
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    asyncio.run(main())

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 from helpers import tiny_lm
 
+from tersor.engine.continuation import prompt_tokens
 from tersor.engine.outputs import LENGTH, STOP, Logprob
 from tersor.engine.params import SamplingParams
 from tersor.engine.stream import Stream
+from tersor.errors import InputError
 
 TOKENIZER = tiny_lm.tokenizer()
 TEXT = "def read(path): return path.read_text()"
@@ -112,3 +114,9 @@ def test_tokens_whose_text_may_wait_are_decoded_once() -> None:
     assert not decoded
     stream.finish(LENGTH)
     assert decoded == [[], TOKENS]
+
+
+@pytest.mark.parametrize("token", [-3, 300])
+def test_a_prompt_of_another_tokenizer_is_refused_with_the_token_that_is_none(token: int) -> None:
+    with pytest.raises(InputError, match=f"^the prompt holds token {token}, the model has 300: another tokenizer"):
+        prompt_tokens(TOKENIZER, [5, token, 7], 300)

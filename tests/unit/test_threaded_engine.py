@@ -110,6 +110,27 @@ def test_a_step_that_fails_is_told_to_all_and_to_those_who_come_later() -> None:
     run(main())
 
 
+def test_a_request_that_comes_as_the_engine_fails_hears_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        one = engine(failing=7)
+        opened = one._boxes.open
+
+        def late(name: str) -> Any:
+            """Open a box when whoever had one has been told."""
+            one._steps.add("other", [1] * 9, SamplingParams(max_tokens=1))
+            one._thread.join()
+            return opened(name)
+
+        monkeypatch.setattr(one._boxes, "open", late)
+        async with asyncio.timeout(10):
+            with pytest.raises(TersorError, match="the engine has failed: the device is gone"):
+                await all_of(one, "a", 1, 5)
+        assert not list(one._boxes)
+        await one.close()
+
+    run(main())
+
+
 def test_a_closed_engine_ends_what_is_open() -> None:
     async def main() -> None:
         one = engine()

@@ -144,8 +144,8 @@ class Making:
         stream_seconds = time.monotonic() - streaming
         write_beside(self.source, conversion, export, self.algorithm, self.companions, work.directory)
         write_layers(conversion, (row for rows in work.rows for row in rows), work.directory)
-        discard(work.directory)
         work.publish()
+        discard(work.output)  # takes a while: whoever is killed meanwhile has all of the output
         done = {row.name: row for rows in work.rows for row in rows}
         skipped = {index for _, indices in conversion.shards[:first] for index in indices}
         read = [step.source.nbytes for index, step in enumerate(conversion.steps) if index not in skipped]

@@ -30,6 +30,7 @@ class Workplace:
 
     Attributes:
         directory: `<output>.partial`.
+        output: the output's final name.
         rows: for each finished shard, in order, its rows of the report.
     """
 
@@ -48,7 +49,7 @@ class Workplace:
         """
         self.directory = partial_directory(output)
         self.rows: list[list[Row]] = []
-        self._output = output
+        self.output = output
         self._identity = json.loads(json.dumps(identity, allow_nan=False))
         try:
             exists = bool(files.mode_of(self.directory))
@@ -117,23 +118,19 @@ class Workplace:
         self._save(names)
 
     def publish(self) -> None:
-        """Give the directory its final name.
+        """Give the directory its final name; the record goes after that, so that whatever ends this can be continued.
 
         Raises:
             OutputError: the disk does not let us.
         """
-        record = self.directory / STATE_NAME
-        content = b""
         try:
-            content = record.read_bytes()
-            record.unlink()
             os.fsync(self._fd)
-            files.rename(self.directory, self._output)
+            files.rename(self.directory, self.output)
         except OSError as error:
-            with contextlib.suppress(OSError):
-                if content:
-                    files.write_whole(record, content)  # so that --resume finds it
-            raise output_error(error, self._output) from None
+            raise output_error(error, self.output) from None
+        with contextlib.suppress(OSError):
+            (self.output / STATE_NAME).unlink()
+            os.fsync(self._fd)
 
     def discard(self) -> None:
         """Remove everything."""

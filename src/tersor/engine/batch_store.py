@@ -186,17 +186,25 @@ class Store:
                 self._new = True
             else:
                 self._take_up(retry_failed)
-        except OSError as error:
+        except BaseException as error:
+            self._remove_made()
             self.close()
-            raise _output_error(error, self._manifest) from None
-        except BaseException:
-            self.close()
+            if isinstance(error, OSError):
+                raise _output_error(error, self._manifest) from None
             raise
 
+    def _remove_made(self) -> None:
+        """Remove the files that were not there before and hold nothing."""
+        for path in self._made:
+            with contextlib.suppress(OSError):
+                if path.stat().st_size == 0:
+                    path.unlink()
+
     def _open(self, path: Path) -> _Appender:
-        if not path.exists():
-            self._made.append(path)
+        new = not path.exists()
         self._files.append(_Appender(path))
+        if new:
+            self._made.append(path)
         return self._files[-1]
 
     def _begun(self, resume: bool) -> int | None:

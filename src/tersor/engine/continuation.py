@@ -77,8 +77,9 @@ def prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[int
         ids = [tokenizer.bos_token_id]
     if not ids:
         raise InputError("the prompt is empty and the tokenizer has no token to begin with: give a text")
-    if max(ids) >= vocabulary or min(ids) < 0:
-        raise InputError(f"the prompt holds token {max(ids)}, the model has {vocabulary}: another tokenizer?")
+    for token in (min(ids), max(ids)):
+        if not 0 <= token < vocabulary:
+            raise InputError(f"the prompt holds token {token}, the model has {vocabulary}: another tokenizer?")
     return ids
 
 
@@ -86,7 +87,7 @@ def room_for(tokens: int, most: int, context: int | None) -> int:
     """Return how many tokens can be drawn after a prompt of so many: up to `most`, and what the context holds.
 
     Raises:
-        InputError: none.
+        InputError: there is no room.
     """
     room = most if context is None else min(most, context - tokens)
     if room < 1:

@@ -290,7 +290,9 @@ class Copies:
                 elif isinstance(word, Ready):
                     self._ready(copy, word)
                 elif isinstance(word, Checked):
-                    _answer(copy.checks.pop(word.number), word.error)
+                    found = copy.checks.pop(word.number, None)
+                    if found is not None:  # else who asked was let go: the copy has said that it ends
+                        _answer(found, word.error)
                 else:
                     copy.failed, copy.state = word, LOST
         except (EOFError, OSError):

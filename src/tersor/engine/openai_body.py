@@ -103,7 +103,7 @@ def _params(url: str, given: dict[str, Any]) -> SamplingParams:
     if "max_completion_tokens" in given:
         chosen["max_tokens"] = given["max_completion_tokens"]
     if "logit_bias" in given:
-        chosen["logit_bias"] = {_token(name): float(bias) for name, bias in given["logit_bias"].items()}
+        chosen["logit_bias"] = {_token(name): bias for name, bias in given["logit_bias"].items()}
     if url == CHAT:
         if given.get("top_logprobs") is not None and not given.get("logprobs"):
             raise InputError("top_logprobs is given without logprobs: true")
@@ -117,9 +117,13 @@ def _params(url: str, given: dict[str, Any]) -> SamplingParams:
     return SamplingParams(**chosen)
 
 
+_MOST_DIGITS = 10
+"""Of a token's number."""
+
+
 def _token(name: str) -> int:
-    if not name.isdecimal():
-        raise InputError(f"logit_bias names a token {name!r}, expected its number")
+    if not name.isdecimal() or len(name) > _MOST_DIGITS:
+        raise InputError(f"logit_bias names a token {name[:20]!r}, expected its number")
     return int(name)
 
 

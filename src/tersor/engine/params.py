@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
 
 from tersor.errors import InputError
 
@@ -102,19 +103,22 @@ _KINDS: dict[str, tuple[type, str]] = {
 }
 """What a value is, where that is no plain number."""
 
+_LARGEST = float(np.finfo(np.float32).max)
+"""Of numbers as the device has them; whole ones of Python have no end."""
+
 _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("n", lambda v: v >= 1, "at least 1"),
     ("max_tokens", lambda v: v >= 1, "at least 1"),
     ("min_tokens", lambda v: v >= 0, "at least 0"),
-    ("temperature", lambda v: 0 <= v < math.inf, "at least 0 (0 is greedy)"),
+    ("temperature", lambda v: 0 <= v <= _LARGEST, "at least 0 (0 is greedy), and finite in float32"),
     ("top_k", lambda v: v >= -1, "at least 1, or 0 or -1 (which keep every token)"),
     ("top_p", lambda v: 0 < v <= 1, "above 0 and at most 1"),
     ("min_p", lambda v: 0 <= v <= 1, "between 0 and 1"),
-    ("repetition_penalty", lambda v: 0 < v < math.inf, "above 0 (1 is off)"),
+    ("repetition_penalty", lambda v: 0 < v <= _LARGEST, "above 0 (1 is off), and finite in float32"),
     ("presence_penalty", lambda v: -2 <= v <= 2, "between -2 and 2"),
     ("frequency_penalty", lambda v: -2 <= v <= 2, "between -2 and 2"),
     ("seed", lambda v: 0 <= v < 2**63, "between 0 and 2^63 - 1"),
     ("logprobs", lambda v: 0 <= v <= MOST_LOGPROBS, f"between 0 and {MOST_LOGPROBS}"),
     ("prompt_logprobs", lambda v: 0 <= v <= MOST_LOGPROBS, f"between 0 and {MOST_LOGPROBS}"),
-    ("logit_bias", lambda v: all(math.isfinite(bias) for bias in v.values()), "finite for every token"),
+    ("logit_bias", lambda v: all(abs(bias) <= _LARGEST for bias in v.values()), "finite in float32 for every token"),
 )

@@ -217,7 +217,7 @@ class Sampler:
         self._owners[slot] = request
         assert params.temperature is not None and params.top_k is not None and params.top_p is not None
         assert params.min_p is not None and params.repetition_penalty is not None
-        view["temperature"][slot], view["top_k"][slot] = params.temperature, params.top_k
+        view["temperature"][slot], view["top_k"][slot] = params.temperature, min(params.top_k, self.vocabulary)
         view["top_p"][slot], view["min_p"][slot] = params.top_p, params.min_p
         view["repetition"][slot] = params.repetition_penalty
         view["presence"][slot], view["frequency"][slot] = params.presence_penalty, params.frequency_penalty

@@ -69,6 +69,7 @@ class ThreadedEngine:
         self._steps.add(request_id, list(prompt_token_ids), params, salt)
         ended = False
         try:
+            self._check()  # an engine that failed before the box was there tells nobody any more
             while not ended:
                 latest = await box.next()
                 ended = latest.finished

@@ -282,6 +282,10 @@ def launch_dequantize(
     function.launch(grid, (32 * _DEQUANTIZE_WARPS, 1, 1), 0, stream, arguments)
 
 
+MOST_FINISHED = 65535
+"""Tokens of a launch of the epilogue: CTAs of a grid along its second dimension."""
+
+
 def launch_epilogue(
     function: Function,
     stream: int,
@@ -297,7 +301,10 @@ def launch_epilogue(
     n: int,
     factor: float,
 ) -> None:
-    """Launch what makes y [n, oc], or [n, outputs] with a gate, of float32 sums [n, slice_oc] from `first_oc` on."""
+    """Launch what makes y [n, oc], or [n, outputs] with a gate, of float32 sums [n, slice_oc] from `first_oc` on.
+
+    There are at most MOST_FINISHED tokens.
+    """
     grid = (-(-slice_oc // 256), n, 1)
     arguments = (sums, scale, bias, residual, y, first_oc, slice_oc, oc, factor)
     function.launch(grid, (256, 1, 1), 0, stream, arguments)

@@ -64,20 +64,21 @@ def finished(
     y = x.new_empty(n, gated_channels(oc) if gate else oc)
     for first_oc, decoded in slices:
         sums = torch.mm(x, decoded.T, out_dtype=torch.float32)
-        dense.launch_epilogue(
-            finish,
-            stream,
-            sums=sums.data_ptr(),
-            scale=scale,
-            bias=0 if bias is None else bias.data_ptr(),
-            residual=0 if residual is None else residual.data_ptr(),
-            y=y.data_ptr(),
-            first_oc=first_oc,
-            slice_oc=decoded.shape[0],
-            oc=oc,
-            n=n,
-            factor=factor,
-        )
+        for first in range(0, n, dense.MOST_FINISHED):
+            dense.launch_epilogue(
+                finish,
+                stream,
+                sums=sums[first:].data_ptr(),
+                scale=scale,
+                bias=0 if bias is None else bias.data_ptr(),
+                residual=0 if residual is None else residual[first:].data_ptr(),
+                y=y[first:].data_ptr(),
+                first_oc=first_oc,
+                slice_oc=decoded.shape[0],
+                oc=oc,
+                n=min(dense.MOST_FINISHED, n - first),
+                factor=factor,
+            )
     return y
 
 

@@ -96,6 +96,8 @@ async def _pieces(api: Api, request: CompletionRequest, prompts: list[_Prompt]) 
             prompt = prompts[place]
             prompt.cached = output.num_cached_tokens
             if request.echo and not prompt.echoed:
+                if prompt.entries is not None and len(output.prompt_logprobs or ()) < len(prompt.job.tokens):
+                    continue  # the first answer alone reads them, and another may begin before that
                 prompt.echoed = True
                 for number in range(request.n):
                     yield _echo(prompt, number, place * request.n + number, output)

@@ -23,7 +23,7 @@ class HarmonyParser:
         self._state = "begin"
         self._kind = "text"
         self._index = -1
-        self._header = self._arguments = ""
+        self._arguments = ""
 
     def push(self, text: str) -> list[Event]:
         """Add text; return what is certain."""
@@ -51,11 +51,10 @@ class HarmonyParser:
         return []
 
     def _head(self) -> list[Event]:
-        header, marker, self._held = split_at(self._header + self._held, [MESSAGE])
+        header, marker, rest = split_at(self._held, [MESSAGE])
         if marker is None:
-            self._header, self._held = "", header + self._held
             return []
-        self._header, self._state = "", "body"
+        self._held, self._state = rest, "body"
         words = header.partition(CHANNEL)[2].replace("<|", " <|").split() or ["final"]
         to = next((word.removeprefix("to=") for word in header.split() if word.startswith("to=")), "")
         to = to.partition("<|")[0]

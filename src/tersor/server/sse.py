@@ -33,7 +33,7 @@ async def until_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
             return task.result()
         raise ApiError(GONE, "the client went away")
     finally:
-        for one in (task, watch):
+        for one in (watch, task):  # the work last: it may raise
             if not one.done():
                 one.cancel()
                 with suppress(asyncio.CancelledError):

@@ -268,8 +268,8 @@ def _memory(device: torch.device) -> Iterator[None]:
 
 
 def discard(directory: Path) -> None:
-    """Remove what a calibration kept while it ran; its log stays."""
-    Store(directory).remove()
+    """Remove what a calibration kept while it ran, if there is any; its log stays."""
+    Store.discard(directory)
 
 
 def _log(

@@ -121,16 +121,10 @@ class Store:
         """
         write_file(self._log, (json.dumps(log, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
-    def close(self) -> None:
-        """Close every file; idempotent."""
-        for file in self._open.values():
-            file.close()
-        self._open.clear()
-
-    def remove(self) -> None:
+    @staticmethod
+    def discard(workplace: Path) -> None:
         """Remove the folder, when all of it is in the checkpoint."""
-        self.close()
-        shutil.rmtree(self.directory, ignore_errors=True)
+        shutil.rmtree(Store.folder(workplace), ignore_errors=True)
 
 
 def write_tensors(

@@ -7,7 +7,6 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -195,4 +194,5 @@ def _conversation(where: str, row: Mapping[str, Any], tokenizer: PreTrainedToken
 
 def source_label(source: str) -> str:
     """Return what a source is called in a record that others read: a file's name without its folders, or the id."""
-    return Path(source).name if Path(source).exists() else source
+    path = files.user_path(source)
+    return path.name if path.exists() else source

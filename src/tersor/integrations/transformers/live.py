@@ -29,7 +29,6 @@ from tersor.nn.packed import PackedModule
 
 Split: TypeAlias = dict[str, dict[str, nn.Parameter]]
 """Name of the experts of a layer -> the parameters that were split, by name, until one of their parts is replaced."""
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
 
 
 def of_transformers(model: nn.Module) -> bool:
