@@ -21,8 +21,8 @@ from tersor.engine.options import ListedTokens, seed_of
 from tersor.engine.params import MOST_LOGPROBS, SamplingParams
 from tersor.errors import TersorError
 
-MOST_LISTED = 1 << 22
-"""Room for listed tokens, at most: 48 MB."""
+MOST_LISTED = 1 << 23
+"""Room for listed tokens, at most: 96 MB, and 8,000 tokens for each of 1,000 requests."""
 _SPARE = 256
 """Tokens that a region may grow by before it has to move."""
 
