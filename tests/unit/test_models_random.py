@@ -11,7 +11,7 @@ from helpers import decoders
 
 from tersor import models
 from tersor.errors import InputError
-from tersor.formats import get_scheme
+from tersor.formats import Outliers, get_scheme
 from tersor.layouts import PackedWeight, StackedWeight
 from tersor.models.config import DecoderConfig
 from tersor.models.expected import Expected
@@ -106,3 +106,19 @@ def test_a_seed_makes_the_same_weights_again() -> None:
     weights = [one.weight.data for one in up if isinstance(one, GatedProduct)]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
     assert isinstance(made[0].head, Product) and made[0].head.weight.dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["llama-3-8b", "mixtral-8x7b"])
+def test_outliers_stand_beside_random_codes_but_not_in_experts(name: str) -> None:
+    kept = Outliers.parse("2%", "bfloat16")
+    scheme = replace(get_scheme("int4", 32), outliers=kept)
+    decoder = models.random_decoder(tiny(name), scheme, "cpu", torch.float32)
+    for layer in decoder.layers:
+        weight = layer.attention.out.weight
+        assert isinstance(weight, PackedWeight) and weight.scheme == scheme and weight.outliers is not None
+        assert weight.outliers.shape == (64, kept.per_row(64))
+        beside = weight.dequantize() - weight.dense.dequantize()
+        assert (beside != 0).sum(1).min() > 0
+        if isinstance(layer.ffn, Mixture):
+            experts = layer.ffn.gate_up
+            assert isinstance(experts, StackedWeight) and experts.scheme == scheme.dense

@@ -93,11 +93,12 @@ def random_decoder(
 
     Args:
         model: a name of `geometries.GEOMETRIES`, or a config.
-        scheme: of all linear layers but routers and the head; `None` is plain.
+        scheme: of all linear layers but routers and the head; `None` is plain. Experts have it without outliers.
         device, activations, context: as for `load`.
         dtype: of activations and plain weights.
         sparsity: part of the weights in `scheme`, but for experts', that is pruned at random; `None` stores them whole.
-        head, embedding: schemes of the output head, where it is not the embedding, and of the embedding, likewise.
+        head, embedding: schemes of the output head, where it is not the embedding, and of the embedding, likewise; the
+            embedding has its own without outliers.
         seed: of the numbers.
         ranks, place: as for `load`; every rank has numbers of its own.
         offload: how layers leave the device that do not fit there; `None` has all stay.
@@ -119,6 +120,10 @@ def random_decoder(
         module: outside.get(module, None if module.endswith(f".{names.router}") else scheme)
         for module in expected.matrices
     }
+    for module, shape in expected.matrices.items():  # experts and embeddings keep no outliers
+        form = chosen[module]
+        if form is not None and (len(shape) == 3 or ".experts." in module or module == names.base + names.embedding):
+            chosen[module] = form.dense
     schemes: dict[str, Form] = {module: form for module, form in chosen.items() if form is not None}
     if sparsity is not None:
         sparse = Sparse(Plain(dtype_name(dtype)) if scheme is None else scheme)
@@ -180,6 +185,7 @@ class _Random(Stored):
         self._draws = Draws(self.device, seed, names.base + names.embedding)
         self._plain = {plain_name(module, shape): (module, shape) for module, shape in self._shapes.items()}
         self._vectors = {name: share.shape(name, shape) for name, shape in expected.vectors.items()}
+        self._beside: dict[str, torch.Tensor] = {}
 
     def each(self, make: Callable[[int], Matrix], indices: Sequence[int]) -> list[Matrix]:
         return [make(index) for index in indices]  # in this order, since it is that of the random numbers
@@ -187,7 +193,12 @@ class _Random(Stored):
     def _packed(self, module: str, expert: int | None = None) -> Packed:
         drawn = self._draws.matrix(module, self._shapes[module][-2:])
         weight = PackedWeight.from_encoded(quantize_rtn(drawn, self._scheme(module)))
+        if weight.outliers is not None:
+            self._beside[module] = weight.outliers
         return weight.data, weight.scale, weight.zero_point
+
+    def _outliers(self, module: str, scheme: Scheme) -> torch.Tensor | None:
+        return self._beside.pop(module, None)  # of the numbers that `_packed` has just drawn
 
     def _sparse(self, module: str, form: Pruned) -> SparseWeight:
         drawn = self._draws.matrix(module, self._shapes[module])
