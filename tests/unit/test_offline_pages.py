@@ -124,6 +124,17 @@ def test_pages_last_as_long_as_is_foreseen() -> None:
             assert max(needed[: lasts + 2]) > admission.pages - 9  # less than a page a request too early
 
 
+def test_what_ends_before_it_draws_foretells_no_lengths() -> None:
+    admission = Admission(plan([[1] * 8, [2] * 8], 100), 100, 100)
+    admission.admit(0)
+    admission.end(0)
+    assert admission.lengths.ratio == 1
+    admission.admit(1)
+    admission.drew(1, 50)
+    admission.end(1)
+    assert admission.lengths.ratio == pytest.approx(0.5, abs=0.01)
+
+
 def test_continuations_share_the_full_pages_of_their_prompt_and_grow_side_by_side() -> None:
     made = plan([[1] * 11], [30], page=4)
     admission = Admission(made, 100, 30, rows=3)

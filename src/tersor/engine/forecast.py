@@ -201,7 +201,7 @@ class Admission:
         """Note that a position that ran ended, and return the nodes whose pages are free now, the deepest first."""
         del self._running[position]
         self._bound -= self._whole[position]
-        if self._most[position]:  # it was to draw
+        if self._drawn[position]:  # else it was to draw nothing, or was refused, which says nothing of others
             self.lengths.observe(int(self._drawn[position]), int(self._most[position]))
         freed = self._pins.end(position)
         for node in freed:
