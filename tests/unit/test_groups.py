@@ -174,9 +174,8 @@ def test_pages_are_freed_after_the_last_request_that_needs_them() -> None:
         made = plan(small(random_, 16), page=1)
         pins, freed = Pins(made), []
         for position in range(made.order.size):
-            now = made.freed_after(position)
+            now = [node for node in reversed(made.path(position)) if made.stops[node] == position + 1]
             assert pins.end(position) == now
-            assert all(made.stops[node] == position + 1 for node in now)
             freed += now
         assert sorted(freed) == list(range(1, made.parents.size))
         # Requests end in any order: a prefix goes with the last of its positions.

@@ -204,36 +204,6 @@ def test_a_token_whose_choice_needs_the_one_before_waits_for_it() -> None:
     assert held.output == solo(held, held.limit) and free.output == solo(free, free.limit)
 
 
-def test_rolled_back_tokens_are_computed_again_and_the_text_is_the_same() -> None:
-    plan = scheduler()
-    request = add(plan, "a", prompt_of(6), 9)
-    loop = Loop(plan, depth=1)
-    for _ in range(5):
-        loop.turn()
-    assert request.computed == 10
-    plan.rollback(request, 8)
-    plan.audit()
-    step = plan.schedule()
-    assert planned(step) == [("a", 8, 3, True)] and step is not None
-    plan.finish(step, loop.device.launch(step))
-    loop.run()
-    assert request.output == solo(request, request.limit)
-
-
-def test_what_others_may_read_or_is_under_way_is_not_rolled_back() -> None:
-    plan = scheduler()
-    request = add(plan, "a", prompt_of(6), 9)
-    loop = Loop(plan, depth=1)
-    loop.turn()
-    with pytest.raises(TersorError, match="of 6 tokens, 4 of them shared, 3 cannot be kept alone"):
-        plan.rollback(request, 3)
-    step = plan.schedule()
-    with pytest.raises(TersorError, match="1 rows under way"):
-        plan.rollback(request, 5)
-    assert step is not None
-    plan.finish(step, [1])
-
-
 def test_steps_are_finished_in_order_with_a_token_for_every_row_that_draws() -> None:
     plan = scheduler()
     add(plan, "a", prompt_of(4), 9)

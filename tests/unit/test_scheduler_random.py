@@ -11,7 +11,7 @@ from helpers.fake_steps import END, VOCABULARY, Loop, solo
 from tersor.engine.limits import Limits
 from tersor.engine.outputs import ABORT, LENGTH, STOP
 from tersor.engine.params import SamplingParams
-from tersor.engine.request import GONE, RUNNING, Request, continuations
+from tersor.engine.request import GONE, Request, continuations
 from tersor.engine.scheduler import Scheduler
 
 SCHEDULES = 10_000
@@ -97,11 +97,6 @@ def run(draw: random.Random, scheduler: Scheduler, coming: list[Arrival]) -> Loo
             if one.turn == turn:
                 for request in one.requests:
                     scheduler.add(request)
-        if not loop.under_way and scheduler.running and draw.random() < 0.2:
-            request = scheduler.running[0]
-            shared = request.publish_at - scheduler.limits.page_size
-            if request.state == RUNNING and shared <= request.computed - 1:
-                scheduler.rollback(request, draw.randrange(shared, request.computed))
         assert loop.turn() or turn <= last, "nothing can run, and nothing is under way"
         turn += 1
         assert turn < 1000, "it does not end"

@@ -73,10 +73,6 @@ class Plan:
             node = int(self.parents[node])
         return nodes[::-1]
 
-    def freed_after(self, position: int) -> list[int]:
-        """Return the nodes that no later position needs, the deepest first: their pages go when it ends."""
-        return [node for node in reversed(self.path(position)) if self.stops[node] == position + 1]
-
 
 class Pins:
     """Which prefixes are still needed, where requests end in any order? Each goes with the last of its positions."""

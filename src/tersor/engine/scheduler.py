@@ -226,20 +226,6 @@ class Scheduler:
         self.drawn_tokens += len(counted)
         return counted
 
-    def rollback(self, request: Request, computed: int) -> None:
-        """Count only the first `computed` tokens of a running request as computed; the others are computed again.
-
-        Raises:
-            TersorError: it has rows under way, has no pages, or others may read what would be written again.
-        """
-        shared = request.publish_at - self.cache.pages.size
-        if request.state != RUNNING or request.in_flight or not shared <= computed <= request.computed:
-            raise TersorError(
-                f"{request.id}: {request.state}, {request.in_flight} rows under way: of {request.computed} tokens, "
-                f"{shared} of them shared, {computed} cannot be kept alone"
-            )
-        request.computed = computed
-
     def pin(self, tokens: Sequence[int], salt: str | None = None) -> None:
         """Keep the full pages of a prefix, those that are to be computed yet as well, until it is unpinned.
 
