@@ -49,24 +49,19 @@ def main() -> None:
 
 
 def run(arguments: list[str]) -> tuple[dict[str, Any], int]:
-    """Run pytest, twice where tests run side by side; return what both say, and the first status that is not 0."""
+    """Run pytest, twice where tests run side by side; return the summary, and the first status that is not 0."""
     at_once = any(argument.startswith("-n") for argument in arguments)
     parts = (["-m", "not alone"], ["-n", "0", "-m", "alone"]) if at_once else ([],)
-    found, statuses = [], []
-    for part in parts:
-        with tempfile.TemporaryDirectory() as folder:
-            junit = Path(folder) / "junit.xml"
+    junits, statuses = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        for part in parts:
+            junit = Path(folder) / f"junit{len(junits)}.xml"
             command = [sys.executable, "-m", "pytest", *arguments, f"--junitxml={junit}", *part]
             statuses.append(subprocess.run(command, cwd=ROOT, check=False).returncode)
             if not junit.exists():
                 raise SystemExit(f"pytest ended with status {statuses[-1]} before it ran a test")
-            found.append(summary(junit))
-    result = {
-        "counts": dict(sum((Counter(one["counts"]) for one in found), Counter())),
-        "seconds": sum(one["seconds"] for one in found),
-        "failed": [name for one in found for name in one["failed"]],
-        "tests": dict(sorted(item for one in found for item in one["tests"].items())),
-    }
+            junits.append(junit)
+        result = summary(*junits)
     return result, next((status for status in statuses if status not in (0, NOTHING_COLLECTED)), 0)
 
 
@@ -91,13 +86,13 @@ def joined(before: dict[str, Any], after: dict[str, Any], again: list[str]) -> d
     }
 
 
-def summary(junit: Path) -> dict[str, Any]:
-    """Read pytest's junit file: counts in all and for each test function, seconds, and the names that failed."""
-    suite = xml.etree.ElementTree.parse(junit).getroot().find("testsuite")
-    assert suite is not None
+def summary(*junits: Path) -> dict[str, Any]:
+    """Read pytest's junit files: counts in all and for each test function, seconds, and the names that failed."""
+    suites = [suite for junit in junits for suite in xml.etree.ElementTree.parse(junit).getroot().iter("testsuite")]
+    assert len(suites) == len(junits)
     tests: dict[str, Counter[str]] = {}
     failed = []
-    for case in suite.iter("testcase"):
+    for case in (case for suite in suites for case in suite.iter("testcase")):
         name = case.get("name", "")
         outcome = next((tag for tag in ("failure", "error", "skipped") if case.find(tag) is not None), "passed")
         function = f"{case.get('classname', '').removeprefix('tests.gpu.')}.{name.partition('[')[0]}"
@@ -107,7 +102,7 @@ def summary(junit: Path) -> dict[str, Any]:
     total: Counter[str] = sum(tests.values(), Counter())
     return {
         "counts": dict(total),
-        "seconds": float(suite.get("time", 0)),
+        "seconds": sum(float(suite.get("time", 0)) for suite in suites),
         "failed": failed,
         "tests": {function: dict(counts) for function, counts in sorted(tests.items())},
     }

@@ -182,7 +182,7 @@ def test_slots_that_nobody_has_are_padding() -> None:
     assert sampler.draw(torch.zeros(2, VOCABULARY), slots, lengths).tolist() == [-1, -1]
 
 
-def test_more_top_tokens_than_there_are_leave_all(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_top_tokens_than_there_are_leave_all() -> None:
     logits = logits_of(2, VOCABULARY, torch.float32, 1.0, 0)
     drawn = []
     for most in (0, 1 << 40):

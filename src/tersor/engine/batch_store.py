@@ -187,7 +187,8 @@ class Store:
             else:
                 self._take_up(retry_failed)
         except BaseException as error:
-            self._remove_made()
+            with contextlib.suppress(OSError):
+                self._remove_made()
             self.close()
             if isinstance(error, OSError):
                 raise _output_error(error, self._manifest) from None
@@ -196,9 +197,8 @@ class Store:
     def _remove_made(self) -> None:
         """Remove the files that were not there before and hold nothing."""
         for path in self._made:
-            with contextlib.suppress(OSError):
-                if path.stat().st_size == 0:
-                    path.unlink()
+            if path.exists() and not path.stat().st_size:
+                path.unlink()
 
     def _open(self, path: Path) -> _Appender:
         new = not path.exists()
@@ -277,8 +277,8 @@ class Store:
             return
         with contextlib.suppress(OSError, OutputError):
             self._errors.replace([])
-            for path in (*self._made, self._manifest):
-                path.unlink(missing_ok=True)
+            self._remove_made()
+            self._manifest.unlink(missing_ok=True)
 
     def sync(self) -> None:
         """Make all that was written durable.

@@ -63,13 +63,12 @@ class ThreadedEngine:
         salt: str | None = None,
     ) -> AsyncIterator[RequestOutput]:
         """Answer one prompt."""
-        self._check()
         box = self._boxes.open(request_id)
         self._loop = asyncio.get_running_loop()
-        self._steps.add(request_id, list(prompt_token_ids), params, salt)
         ended = False
         try:
-            self._check()  # an engine that failed before the box was there tells nobody any more
+            self._check()  # the box is there: an engine that fails from now on puts a word into it
+            self._steps.add(request_id, list(prompt_token_ids), params, salt)
             while not ended:
                 latest = await box.next()
                 ended = latest.finished

@@ -154,15 +154,15 @@ def check(
             tensor = f"{module}.{storage.marker}"
             raise CheckpointError(f"tensor {tensor} is packed, and quantization_config leaves {called} alone")
         outside = module == names.base + names.embedding
-        in_experts = len(shape) == 3 or ".experts." in module
-        if (storage is not DENSE and outside) or (storage is SPARSE and in_experts):
+        of_experts = in_experts(module, shape)
+        if (storage is not DENSE and outside) or (storage is SPARSE and of_experts):
             raise CheckpointError(f"{module} is stored {storage.name}, and has one scheme in every decoder")
         form = forms[module] = read_form(stored, module, storage, represented)
         if isinstance(form, Assignment) and len(form.level) != shape[-2]:
             raise CheckpointError(f"{module} has levels of {len(form.level)} output features, and {shape[-2]} of them")
         if isinstance(form, Pruned) and form.rows != shape[0]:
             raise CheckpointError(f"{module} has a mask of {form.rows} output features, and {shape[0]} of them")
-        if isinstance(form, Scheme) and form.outliers is not None and (outside or in_experts):
+        if isinstance(form, Scheme) and form.outliers is not None and (outside or of_experts):
             raise CheckpointError(f"{module} is to keep outliers, which embeddings and experts do not")
         for name, tensor_form in stored_forms(form, shape).items():
             wanted[f"{module}.{name}"] = (tensor_form.shape, tensor_form.safetensors_dtype)
@@ -177,6 +177,11 @@ def check(
                 f"config.json has {dtype or 'floats'} {list(shape)}"
             )
     return forms
+
+
+def in_experts(module: str, shape: tuple[int, ...]) -> bool:
+    """Whether a module is a weight of experts, of one or of all in one."""
+    return len(shape) == 3 or ".experts." in module
 
 
 def plain_name(module: str, shape: tuple[int, ...]) -> str:

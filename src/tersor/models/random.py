@@ -22,7 +22,7 @@ from tersor.layouts.shard import Part
 from tersor.models.assemble import assemble
 from tersor.models.config import DecoderConfig
 from tersor.models.decoder import Decoder, DecoderLayer
-from tersor.models.expected import Expected, plain_name
+from tersor.models.expected import Expected, in_experts, plain_name
 from tersor.models.geometries import geometry
 from tersor.models.load import multiplied
 from tersor.models.names import NAMES, Names
@@ -116,20 +116,17 @@ def random_decoder(
     kinds = replace(config, layers=tuple(dict.fromkeys(mine)))
     expected = Expected.of(kinds, names)
     outside = {names.head: head, names.base + names.embedding: embedding}
-    chosen = {
-        module: outside.get(module, None if module.endswith(f".{names.router}") else scheme)
-        for module in expected.matrices
-    }
-    for module, shape in expected.matrices.items():  # experts and embeddings keep no outliers
-        form = chosen[module]
-        if form is not None and (len(shape) == 3 or ".experts." in module or module == names.base + names.embedding):
-            chosen[module] = form.dense
+    chosen: dict[str, Scheme | None] = {}
+    for module, shape in expected.matrices.items():
+        form = outside.get(module, None if module.endswith(f".{names.router}") else scheme)
+        alone = in_experts(module, shape) or module == names.base + names.embedding  # keeps no outliers
+        chosen[module] = form.dense if form is not None and alone else form
     schemes: dict[str, Form] = {module: form for module, form in chosen.items() if form is not None}
     if sparsity is not None:
         sparse = Sparse(Plain(dtype_name(dtype)) if scheme is None else scheme)
         kept = [one for one in chosen if one not in outside and not one.endswith(f".{names.router}")]
         for module in kept:
-            if len(expected.matrices[module]) == 2 and ".experts." not in module:
+            if not in_experts(module, expected.matrices[module]):
                 schemes[module] = Pruned(sparse, bytes(4 * expected.matrices[module][0]))
     stage = replace(own.stage, layers=(0, len(kinds.layers)))
     share = Share.of(kinds, names, schemes, replace(own, stage=stage))
